@@ -224,9 +224,7 @@ class LiquidationVectorEnv(gym.vector.VectorEnv):
 
 if ENV_ID not in gym.registry:  # running the file and importing it are two modules with one registry
     gym.register(
-        ENV_ID,
-        entry_point="liquidation_env:LiquidationEnv",
-        vector_entry_point="liquidation_env:LiquidationVectorEnv",
+        ENV_ID, entry_point="liquidation_env:LiquidationEnv", vector_entry_point="liquidation_env:LiquidationVectorEnv"
     )
 
 
@@ -416,18 +414,14 @@ def draw_figure(path: Path, solutions: dict[str, OptimalValue], returns: dict[st
     from matplotlib import pyplot as plt
 
     optimum = solutions["γ = 1"]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.4), width_ratios=(1.15, 1), layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1.15, 1), layout="constrained")
     prices = np.stack([row[0][:, 2] for row in rollout(hold_then_sell_policy(), 40, seed=0)])  # (step, path)
     left.plot(prices[:, 0], color="0.82", lw=0.8, label="price paths")
     left.plot(prices[:, 1:], color="0.82", lw=0.8)
     for (name, solution), style in zip(solutions.items(), ("C0-", "C1--"), strict=False):
         left.plot(solution.boundary, style, lw=2.2, label=f"boundary, {name}")
     sale = (prices >= optimum.boundary[:, None]).argmax(axis=0)  # (path,), first step at or above
-    left.plot(
-        sale, prices[sale, range(40)], "o", ms=5, color="C0", mec="white", label="sale, γ = 1", clip_on=False
-    )
+    left.plot(sale, prices[sale, range(40)], "o", ms=5, color="C0", mec="white", label="sale, γ = 1", clip_on=False)
     left.set(title="Sell everything at or above the boundary", xlabel="step $t$", ylabel="price $p$")
     left.set(xlim=(0, len(prices) - 1), ylim=(0, 2.8), xticks=range(0, len(prices), 2))
     left.legend(loc="upper left", ncols=2, frameon=False)
@@ -462,9 +456,7 @@ def main(args: Args) -> None:
         return f"{sample.mean():.2f} ± {sample.std(ddof=1) / math.sqrt(len(sample)):.2f}"
 
     optimum = solutions["γ = 1"].value
-    print(
-        f"{'policy':<16}{'return ± s.e.':>16}{'std':>7}{'minus optimal':>17}{'score':>8}{'% of optimum':>14}"
-    )
+    print(f"{'policy':<16}{'return ± s.e.':>16}{'std':>7}{'minus optimal':>17}{'score':>8}{'% of optimum':>14}")
     for name, sample in returns.items():
         print(f"{name:<16}{mean_error(sample):>16}{sample.std(ddof=1):7.1f}", end="")
         print(f"{mean_error(sample - returns['optimal']):>17}{score(sample.mean()):8.1f}", end="")

@@ -37,9 +37,7 @@ HOLD = np.array([-1.0], dtype=np.float32)
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, encoding="utf-8"
-    )
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
 
 
 def call_spread_value(boundary: np.ndarray | None, discount: float = 1.0, points: int = 501) -> float:
@@ -49,9 +47,7 @@ def call_spread_value(boundary: np.ndarray | None, discount: float = 1.0, points
     def kernel(mean: np.ndarray, std: float) -> np.ndarray:
         d = (mean[:, None] - x) / std
         tail = 0.5 * np.vectorize(math.erfc)(-d / math.sqrt(2))
-        call = (mean[:, None] - x) * tail + std * np.exp(-(d**2) / 2) / math.sqrt(
-            2 * math.pi
-        )  # E max(p' − x, 0)
+        call = (mean[:, None] - x) * tail + std * np.exp(-(d**2) / 2) / math.sqrt(2 * math.pi)  # E max(p' − x, 0)
         return (call[:, :-1] - call[:, 1:]) / x[1]
 
     step, value = kernel(x + 0.05 * (1.5 - x), 0.2), np.zeros(points)
@@ -88,9 +84,7 @@ def test_transition_by_hand():
     assert price == pytest.approx(2.0 + 0.05 * (1.5 - 2.0) + 0.2)
     assert transition(market, 3, 80.0, 2.0, 0.9988, 0.0)[4]  # 0.096 left: sold out
     assert not transition(market, 3, 80.0, 2.0, 0.9987, 0.0)[4]  # 0.104 left
-    assert (
-        transition(market, 19, 80.0, 2.0, 0.0, 0.0)[4] and not transition(market, 18, 80.0, 2.0, 0.0, 0.0)[4]
-    )
+    assert transition(market, 19, 80.0, 2.0, 0.0, 0.0)[4] and not transition(market, 18, 80.0, 2.0, 0.0, 0.0)[4]
 
 
 @pytest.mark.parametrize(
@@ -163,11 +157,7 @@ def test_autoreset_is_next_step():
     assert first.shape == (3, 3) and first.dtype == np.float32
     observation, reward, terminated, truncated, _ = env.step([[1.0], [-1.0], [0.5]])
     assert terminated.tolist() == [True, False, False] and not truncated.any()
-    assert observation[:, :2].tolist() == [
-        [1, 0],
-        [1, 100],
-        [1, 50],
-    ]  # the true last observation, not a new one
+    assert observation[:, :2].tolist() == [[1, 0], [1, 100], [1, 50]]  # the true last observation, not a new one
     np.testing.assert_allclose(reward, first[:, 2] * [100, 0, 50], rtol=1e-6)
     terminated[:] = True  # the caller's copy: nothing of it may reach the environment
     observation, reward, terminated, _, _ = env.step([[1.0], [-1.0], [-1.0]])
@@ -351,9 +341,7 @@ def test_baselines():
 def test_threshold_policy_takes_any_batch():
     policy = optimal_policy()
     observation = np.array([[[0, 100, 1.9], [0, 100, 1.95]], [[19, 100, 0.1], [20, 100, 0.0]]])
-    assert policy(observation)[..., 0].tolist() == [[-1, 1], [1, 1]] and policy(observation[0, 0]).shape == (
-        1,
-    )
+    assert policy(observation)[..., 0].tolist() == [[-1, 1], [1, 1]] and policy(observation[0, 0]).shape == (1,)
 
 
 def test_twap_sells_equal_amounts():
@@ -378,22 +366,15 @@ def test_dataset():
         "terminals": ((n,), bool),
         "timeouts": ((n,), bool),
     }
-    (step, inventory, price), (step2, inventory2, price2) = (
-        data["observations"].T,
-        data["next_observations"].T,
-    )
+    (step, inventory, price), (step2, inventory2, price2) = (data["observations"].T, data["next_observations"].T)
     action, end = data["actions"][:, 0], data["terminals"]
     assert end.sum() == 2000 and end[-1] and not data["timeouts"].any()
     assert step[0] == 0 and (step[1:][end[:-1]] == 0).all()  # a new episode after each end
-    np.testing.assert_array_equal(
-        data["observations"][1:][~end[:-1]], data["next_observations"][:-1][~end[:-1]]
-    )
+    np.testing.assert_array_equal(data["observations"][1:][~end[:-1]], data["next_observations"][:-1][~end[:-1]])
     np.testing.assert_array_equal(end, (step2 == 20) | (inventory2 < 0.1))  # true next states at the end too
     np.testing.assert_array_equal(step2, step + 1)
     np.testing.assert_allclose(inventory2, inventory * (1 - np.maximum(action, 0)), atol=1e-4)
-    np.testing.assert_allclose(
-        data["rewards"], inventory * np.maximum(action, 0) * price, rtol=1e-5, atol=1e-4
-    )
+    np.testing.assert_allclose(data["rewards"], inventory * np.maximum(action, 0) * price, rtol=1e-5, atol=1e-4)
     hold, sell = action[action < 0], action[action > 0]
     assert len(hold) + len(sell) == n  # never exactly 0
     assert abs(len(hold) / n - 0.8) < 4 * math.sqrt(0.16 / n)
