@@ -22,6 +22,7 @@ Run it:
 """
 
 import csv
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -111,14 +112,14 @@ MUJOCO = dict(
     alpha=0.1, target_kl=5.0,  # PMDB
     iterations=2_000_000, bc_updates=50_000, eval_every=20_000,  # PMDB; ours; ours
     rollout_horizon=1000, model_samples=10, action_samples=20,  # PMDB
-    eval_episodes=10, final_episodes=100,
+    eval_episodes=10, final_episodes=100, num_threads=0,
 )  # fmt: skip
 DOMAINS = {
     "liquidation": MUJOCO | dict(  # ours: 4 inputs need no large network, and 20 steps need no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=4,
-        dynamics_lr=1e-3, dynamics_patience=0, hidden=64, actor_lr=1e-3, critic_lr=1e-3, alpha=0.0002, target_kl=0.0,
+        dynamics_lr=1e-3, dynamics_patience=0, hidden=64, actor_lr=1e-3, critic_lr=1e-3, alpha=0.003, target_kl=2.0,
         iterations=15_000, bc_updates=1_000, eval_every=1_000, rollout_horizon=20, model_samples=2,
-        action_samples=6, eval_episodes=2_000, final_episodes=10_000,
+        action_samples=6, eval_episodes=2_000, final_episodes=10_000, num_threads=1,
     ),
     "hopper": MUJOCO | dict(dynamics_hidden=256, dynamics_batch=256),  # paper
     "walker2d": MUJOCO,
@@ -140,8 +141,8 @@ class Args:
     """seed of every random generator"""
     cuda: bool = True
     """use the GPU if there is one"""
-    num_threads: int = 0
-    """CPU threads for PyTorch (0: PyTorch's own choice)"""
+    num_threads: int | None = None
+    """CPU threads for PyTorch (0: PyTorch's own choice, all cores; more than one only slow small networks down)"""
     quick: bool = False
     """a CPU-sized setting for the MuJoCo tasks: smaller pool and networks, fewer epochs and iterations"""
     track: bool = False
@@ -204,7 +205,7 @@ class Args:
     """the unit of Δ: its standard deviation over the active models, its mean over them, or squared reward ranges"""
     evidence_decay: float = 0.98
     """per-iteration decay of the running averages of Δ; the critic moves, so old evidence is forgotten"""
-    evidence_rows: int = 32
+    evidence_rows: int = 16
     """observed transitions per iteration that Δ is measured on"""
     likelihood_coef: float = 1.0
     """λ of Eq. (4): how strongly evidence moves the posterior"""
@@ -231,7 +232,7 @@ class Args:
     model_samples: int | None = None
     """models, hence next states, drawn from P for each target of Eq. (6)"""
     action_samples: int | None = None
-    """actions drawn for V(s) of Eq. (8), half from μ, half from π"""
+    """actions drawn for V(s) of Eq. (8), half from μ, half from π; E_π Q of Eq. (9) takes that half of them"""
     alpha: float | None = None
     """α of Eq. (7), in units of the reward range; the starting value if --target-kl is above 0"""
     target_kl: float | None = None
@@ -241,7 +242,7 @@ class Args:
     trust_region: float = 0.02
     """ε of Eq. (9): bound on E KL(π ‖ π_i)"""
     trust_region_every: int = 50
-    """updates that count as one policy iteration i of Eq. (9), after which π_i is replaced by π"""
+    """updates after which π replaces π_i of Eq. (9), as soon as the measured KL is at most ε"""
     eta_lr: float = 0.05
     """step size of the dual ascent on log η, the multiplier of Eq. (9)"""
     regularization: bool = True
@@ -639,7 +640,7 @@ def model_evidence(model_target: torch.Tensor, observed_target: torch.Tensor) ->
 
 def posterior(evidence: torch.Tensor, strength: float) -> torch.Tensor:
     """Eq. (4): log P(τ) = −λ Δ_τ + constant over the last dimension, P₀ uniform; in log space it cannot underflow."""
-    return F.log_softmax(-strength * evidence, dim=-1)
+    return F.log_softmax(-strength * (evidence - evidence.amin(-1, keepdim=True)), dim=-1)
 
 
 def sample_models(log_belief: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -759,8 +760,8 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], bar: Callable) -> 
     pool.net.load_state_dict(best)
     with torch.no_grad():
         explained = explained_variance(pool, held_in, held_out)
-    if not explained.isfinite().all():
-        raise UserError("the dynamics models diverged (not finite): lower --dynamics-lr")
+    finite = bool(explained.isfinite().all() and best_error.isfinite().all())
+    require(finite, "the dynamics models diverged (errors not finite): lower --dynamics-lr")
     report = dict(
         held_out_mse=[round(x, 6) for x in best_error.tolist()],
         explained_variance_mean=[round(x, 5) for x in explained.mean(0).tolist()],
@@ -801,12 +802,14 @@ class PSPO(nn.Module):
             rollout_age=torch.randint(args.rollout_horizon, (num_model_rows,)),  # so that not all end at once
             log_alpha=torch.tensor(math.log(args.alpha)),
             log_eta=torch.tensor(0.0),
+            updates=torch.tensor(0),  # of π since π_i
+            policy_iteration=torch.tensor(0),  # i of Eq. (9)
         ).items():
             self.register_buffer(name, value)
         self.to(obs.device)
         # Rewards are divided by their range, not shifted: a shift would pay or punish staying alive.
         low, high = data["rewards"].min().item(), data["rewards"].max().item()
-        self.reward_scale = max(high - low, 1e-6)
+        self.reward_scale = (high - low) or max(abs(high), 1.0)
         steps = 1 / (1 - args.gamma) if args.gamma < 1 else args.rollout_horizon
         self.value_bounds = [bound * steps / self.reward_scale for bound in (min(low, 0.0), max(high, 0.0))]
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
@@ -954,14 +957,21 @@ class PSPO(nn.Module):
 
         # Eq. (9): a stochastic gradient step of the policy, then of the multipliers
         pi_mean, pi_log_std = self.actor(obs)
-        u = pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)
+        noise = torch.randn(args.action_samples // 2, *pi_mean.shape, device=obs.device)
         self.critic.requires_grad_(False)
-        q_pi = self.q_value(self.critic, obs, u[None])[0]
+        q_pi = self.q_value(self.critic, obs, pi_mean + pi_log_std.exp() * noise).mean(0)  # E_π Q, (B,)
         self.critic.requires_grad_(True)
         with torch.no_grad():
             mu, previous = self.behaviour(obs), self.previous(obs)
         kl_behaviour = gaussian_kl(pi_mean, pi_log_std, *mu)
         kl_previous = gaussian_kl(pi_mean, pi_log_std, *previous)
+        with torch.no_grad():  # π becomes the next π_i only where the constraint of Eq. (9) holds
+            self.updates.add_(1)
+            accept = (self.updates >= args.trust_region_every) & (kl_previous.mean() <= args.trust_region)
+            for mine, theirs in zip(self.previous.parameters(), self.actor.parameters(), strict=True):
+                mine.lerp_(theirs, accept.float())
+            self.updates.mul_(~accept)
+            self.policy_iteration.add_(accept)
         alpha = self.log_alpha.exp() if args.regularization else 0.0
         actor_loss = -policy_objective(q_pi, alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
         self.actor_optimizer.zero_grad(set_to_none=True)
@@ -971,7 +981,7 @@ class PSPO(nn.Module):
         with torch.no_grad():
             # Dual ascent: η grows while the constraint of Eq. (9) is violated and shrinks while it is slack.
             violation = (kl_previous.mean() / args.trust_region - 1).clamp(-1, 1)
-            self.log_eta.add_(args.eta_lr * violation).clamp_(-12, 6)
+            self.log_eta.add_(args.eta_lr * violation).clamp_(-6, 6)
             if args.target_kl > 0:
                 excess = kl_behaviour.mean() / args.target_kl - 1
                 self.log_alpha.add_(args.alpha_lr * excess.clamp(-1, 1))
@@ -991,6 +1001,7 @@ class PSPO(nn.Module):
             "policy/objective": -actor_loss, "policy/kl_behaviour": kl_behaviour.mean(),
             "policy/kl_previous": kl_previous.mean(), "policy/eta": self.log_eta.exp(),
             "policy/alpha": self.log_alpha.exp(), "policy/log_std": pi_log_std.mean(),
+            "policy/i": self.policy_iteration.clone(),
             "posterior/entropy": -(log_belief.exp() * log_belief).sum(), "posterior/largest": log_belief.max().exp(),
             "rollout/terminals": rollout_terminal.float().mean(),
         }  # fmt: skip
@@ -1031,6 +1042,20 @@ class PSPO(nn.Module):
 
 
 # --- Run folder: identical in every script of this project (tests/test_shared_blocks.py) ---
+
+
+def make_run_dir(args: Any) -> Path:
+    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json in it. Raises UserError."""
+    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir, number = Path(args.runs_dir) / name, 2
+    try:
+        while run_dir.exists():  # another run started in this second
+            run_dir, number = run_dir.with_name(f"{name}-{number}"), number + 1
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
+    return run_dir
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -1355,6 +1380,9 @@ def run(args: Args) -> Path:
     if args.resume:
         run_dir = Path(args.resume)
         resumed = load_tensors(run_dir / "checkpoint.pt", "pspo checkpoint")
+        fields = {field.name for field in dataclasses.fields(Args)}
+        same = set(resumed["args"]) == fields
+        require(same, f"{run_dir}/checkpoint.pt is of another version of pspo.py: resume it with that version")
         args = Args(**resumed["args"] | {"resume": args.resume})
     args, domain = resolve(args)
     if args.num_threads:
@@ -1394,13 +1422,7 @@ def run(args: Args) -> Path:
             same, f"{run_dir} was trained on other data than {dataset.name} is now: restore the data, or start anew"
         )
     else:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{stamp}"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
+        run_dir = make_run_dir(args)
     if args.track:
         try:
             import wandb
@@ -1450,25 +1472,25 @@ def run(args: Args) -> Path:
                 learner.redraw(pool)
             for key, value in learner.iterate().items():
                 means[key] = means[key] + value.detach() if key in means else value.detach()
-            if iteration % args.trust_region_every == 0:
-                learner.previous.load_state_dict(learner.actor.state_dict())
             progress.update()
             if iteration % args.eval_every and iteration != args.iterations:
                 continue
             # Evaluation and checkpoint
             since = (iteration - 1) % args.eval_every + 1
+            row = {"iteration": iteration} | {key: (value / since).item() for key, value in means.items()}
+            bad = [key for key, value in row.items() if not math.isfinite(value)]
+            bad += ["policy weights"] * (not all(p.isfinite().all() for p in learner.actor.parameters()))
+            remedy = "lower --critic-lr or --actor-lr, or raise --alpha"
+            require(not bad, f"iteration {iteration}: {', '.join(bad)} not finite: {remedy}")
             played = play(learner.actor.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
             start = torch.as_tensor(played["start"], dtype=torch.float32, device=device)
-            row = {"iteration": iteration} | {key: (value / since).item() for key, value in means.items()}
             row |= {
                 "eval/return": played["returns"].mean(),
                 "eval/score": normalised_score(played["returns"].mean(), domain),
                 "eval/discounted_return": played["discounted"].mean(),
                 "eval/start_value": learner.start_value(start),
-                "eval/predicted_return": learner.predicted_return(start[:100], horizon).mean().item(),
+                "eval/predicted_return": learner.predicted_return(start[:1000], horizon).mean().item(),
             }
-            bad = ", ".join(key for key, value in row.items() if not math.isfinite(value))
-            require(not bad, f"iteration {iteration}: {bad} not finite: lower --critic-lr or raise --alpha")
             log.append({key: value if key == "iteration" else float(value) for key, value in row.items()})
             progress.set_postfix(score=f"{row['eval/score']:.1f}")
             means = {}
@@ -1504,6 +1526,7 @@ def run(args: Args) -> Path:
         "behaviour_data_return": behaviour, "behaviour_data_score": normalised_score(behaviour, domain),
         "paper_score": PAPER_SCORES.get(args.env_id), "optimum_score": None,
         "spearman": spearman(uncertainty, target), "dynamics": report,
+        "posterior": {"members": learner.members.tolist(), "probability": learner.log_belief().exp().tolist()},
         "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
         "last": log.rows[-1], "args": vars(args), "seconds": time.time() - started,
         "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform(),
@@ -1527,6 +1550,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
         print(f"error: {error}; the last checkpoint, if any, is intact", file=sys.stderr)
         raise SystemExit(2) from None
