@@ -760,6 +760,20 @@ class Collector:
 # --- Run folder: identical in every script of this project (tests/test_shared_blocks.py) ---
 
 
+def make_run_dir(args: Any) -> Path:
+    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json in it. Raises UserError."""
+    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir, number = Path(args.runs_dir) / name, 2
+    try:
+        while run_dir.exists():  # another run started in this second
+            run_dir, number = run_dir.with_name(f"{name}-{number}"), number + 1
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
+    return run_dir
+
+
 def save_atomically(content: dict, path: Path) -> None:
     """torch.save to a temporary file, flush, rename: `path` is always a whole file. Raises UserError."""
     part = path.with_name(path.name + ".part")
@@ -1214,13 +1228,7 @@ def run(args: Args) -> Path:
             same, f"{run_dir} was trained on other data than {dataset.name} is now: restore the data, or start anew"
         )
     else:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = Path(args.runs_dir) / f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{stamp}"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
+        run_dir = make_run_dir(args)
     if args.track:
         try:
             import wandb
@@ -1337,6 +1345,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
         print(f"error: {error}; the last checkpoint, if any, is intact", file=sys.stderr)
         raise SystemExit(2) from None

@@ -109,7 +109,7 @@ MUJOCO = dict(
     dynamics_lr=1e-4, dynamics_patience=20,  # PMDB; ours
     hidden=256, batch_size=256,  # paper
     actor_lr=3e-5, critic_lr=3e-4, target_rate=0.005,  # PMDB
-    alpha=0.1, target_kl=5.0,  # PMDB
+    alpha=0.1, target_kl=5.0, projection="reverse",  # PMDB; PMDB; paper
     iterations=2_000_000, bc_updates=50_000, eval_every=20_000,  # PMDB; ours; ours
     rollout_horizon=1000, model_samples=10, action_samples=20,  # PMDB
     eval_episodes=10, final_episodes=100, num_threads=0,
@@ -118,7 +118,8 @@ DOMAINS = {
     "liquidation": MUJOCO | dict(  # ours: 4 inputs need no large network, and 20 steps need no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=4,
         dynamics_lr=1e-3, dynamics_patience=0, hidden=64, actor_lr=1e-3, critic_lr=1e-3, alpha=0.003, target_kl=2.0,
-        iterations=15_000, bc_updates=1_000, eval_every=1_000, rollout_horizon=20, model_samples=2,
+        projection="symmetric",
+        iterations=20_000, bc_updates=1_000, eval_every=2_000, rollout_horizon=20, model_samples=2,
         action_samples=6, eval_episodes=2_000, final_episodes=10_000, num_threads=1,
     ),
     "hopper": MUJOCO | dict(dynamics_hidden=256, dynamics_batch=256),  # paper
@@ -126,9 +127,9 @@ DOMAINS = {
     "halfcheetah": MUJOCO,
 }  # fmt: skip
 QUICK = dict(  # --quick: what 2 CPU cores can do on a MuJoCo task within 45 minutes
-    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=3, dynamics_lr=1e-3,
-    dynamics_patience=0, actor_lr=1e-4, iterations=30_000, bc_updates=3_000, eval_every=3_000, rollout_horizon=100,
-    model_samples=4, action_samples=10,
+    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=4, dynamics_lr=1e-3,
+    dynamics_patience=0, actor_lr=1e-4, target_rate=0.02, iterations=25_000, bc_updates=3_000, eval_every=2_500,
+    rollout_horizon=100, model_samples=2, action_samples=6,
 )  # fmt: skip
 
 
@@ -222,7 +223,9 @@ class Args:
     hidden: int | None = None
     """units in each of the two hidden layers of policy and critics"""
     actor_lr: float | None = None
-    """learning rate of the policy (linear to zero)"""
+    """learning rate of the policy"""
+    average_rate: float = 0.001
+    """rate of the running average of the policy's weights, which is what is evaluated and saved"""
     critic_lr: float | None = None
     """learning rate of the critics, η_t of Eq. (6) (linear to zero)"""
     target_rate: float | None = None
@@ -243,6 +246,8 @@ class Args:
     """ε of Eq. (9): bound on E KL(π ‖ π_i)"""
     trust_region_every: int = 50
     """updates after which π replaces π_i of Eq. (9), as soon as the measured KL is at most ε"""
+    projection: Literal["reverse", "symmetric"] | None = None
+    """policy step towards π* ∝ μ exp(Q/α): Eq. (9), i.e. KL(π ‖ π*), or KL(π ‖ π*) + KL(π* ‖ π)"""
     eta_lr: float = 0.05
     """step size of the dual ascent on log η, the multiplier of Eq. (9)"""
     regularization: bool = True
@@ -657,6 +662,20 @@ def soft_value(q: torch.Tensor, log_weights: torch.Tensor, alpha: torch.Tensor |
     return alpha * torch.logsumexp(q / alpha + log_weights, dim=0)
 
 
+def mixture_log_weights(u, mu_mean, mu_log_std, pi_mean, pi_log_std) -> torch.Tensor:
+    """log( μ(u) / (M q(u)) ) of M samples, half from μ, half from π, q = (μ + π) / 2: (M, B, act) -> (M, B)."""
+    log_mu, log_pi = gaussian_log_prob(u, mu_mean, mu_log_std), gaussian_log_prob(u, pi_mean, pi_log_std)
+    return log_mu - (torch.logaddexp(log_mu, log_pi) - math.log(2)) - math.log(len(u))
+
+
+def projection_loss(q, log_weights, alpha, log_pi) -> torch.Tensor:
+    """−E_{π*} log π with Theorem 1's π* ∝ μ exp(Q/α), self-normalised over M samples: (M, B) each -> scalar.
+
+    It is KL(π* ‖ π) up to a constant; Eq. (9) is −α KL(π ‖ π*) up to a constant, which cannot see past a valley of Q.
+    """
+    return -((q / alpha + log_weights).softmax(0) * log_pi).sum(0).mean()
+
+
 def bellman_target(reward, terminal, next_value, gamma: float) -> torch.Tensor:
     """y of Eq. (6): r + γ V(s'), and r alone where the episode ends; any shape."""
     return reward + gamma * torch.where(terminal, torch.zeros_like(next_value), next_value)
@@ -784,11 +803,12 @@ class PSPO(nn.Module):
         self.behaviour = Actor(obs_dim, act_dim, args.hidden)  # μ
         self.actor = Actor(obs_dim, act_dim, args.hidden)  # π
         self.previous = Actor(obs_dim, act_dim, args.hidden)  # π_i
+        self.average = Actor(obs_dim, act_dim, args.hidden)  # running average of π's weights
         self.critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         std = obs.std(0)
-        for net in (self.behaviour, self.actor, self.previous, self.critic, self.target_critic):
+        for net in (self.behaviour, self.actor, self.previous, self.average, self.critic, self.target_critic):
             net.obs_mean.copy_(obs.mean(0))
             net.obs_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
         self.active = Dynamics(args.active_models, obs_dim, act_dim, args.dynamics_hidden, args.dynamics_layers)
@@ -831,8 +851,8 @@ class PSPO(nn.Module):
             optimizer.step()
             schedule.step()
         self.behaviour.requires_grad_(False)
-        self.actor.load_state_dict(self.behaviour.state_dict())
-        self.previous.load_state_dict(self.behaviour.state_dict())
+        for net in (self.actor, self.previous, self.average):
+            net.load_state_dict(self.behaviour.state_dict())
 
     # --- Posterior ---
 
@@ -890,8 +910,7 @@ class PSPO(nn.Module):
         mu_mean, mu_log_std = self.behaviour(obs)
         from_mu, from_pi = noise.chunk(2)
         u = torch.cat([mu_mean + mu_log_std.exp() * from_mu, pi_mean + pi_log_std.exp() * from_pi])
-        log_mu, log_pi = gaussian_log_prob(u, mu_mean, mu_log_std), gaussian_log_prob(u, pi_mean, pi_log_std)
-        log_weights = log_mu - (torch.logaddexp(log_mu, log_pi) - math.log(2)) - math.log(args.action_samples)
+        log_weights = mixture_log_weights(u, mu_mean, mu_log_std, pi_mean, pi_log_std)
         value = soft_value(self.q_value(self.target_critic, obs, u), log_weights, self.log_alpha.exp())
         return value.clamp(*self.value_bounds).view(shape)
 
@@ -958,8 +977,9 @@ class PSPO(nn.Module):
         # Eq. (9): a stochastic gradient step of the policy, then of the multipliers
         pi_mean, pi_log_std = self.actor(obs)
         noise = torch.randn(args.action_samples // 2, *pi_mean.shape, device=obs.device)
+        u = pi_mean + pi_log_std.exp() * noise  # (M/2, B, act)
         self.critic.requires_grad_(False)
-        q_pi = self.q_value(self.critic, obs, pi_mean + pi_log_std.exp() * noise).mean(0)  # E_π Q, (B,)
+        q_pi = self.q_value(self.critic, obs, u)  # (M/2, B)
         self.critic.requires_grad_(True)
         with torch.no_grad():
             mu, previous = self.behaviour(obs), self.previous(obs)
@@ -973,7 +993,14 @@ class PSPO(nn.Module):
             self.updates.mul_(~accept)
             self.policy_iteration.add_(accept)
         alpha = self.log_alpha.exp() if args.regularization else 0.0
-        actor_loss = -policy_objective(q_pi, alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
+        actor_loss = -policy_objective(q_pi.mean(0), alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
+        if args.projection == "symmetric" and args.regularization:
+            with torch.no_grad():  # samples of the mixture of μ and π, as for V
+                u = torch.cat([mu[0] + mu[1].exp() * torch.randn_like(noise), u])  # (M, B, act)
+                q = torch.cat([self.q_value(self.critic, obs, u[: len(noise)]), q_pi])
+                log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
+            log_pi = gaussian_log_prob(u, pi_mean, pi_log_std)
+            actor_loss = actor_loss + alpha * projection_loss(q, log_weights, alpha, log_pi)
         self.actor_optimizer.zero_grad(set_to_none=True)
         actor_loss.backward()
         self.actor_optimizer.step()
@@ -987,6 +1014,8 @@ class PSPO(nn.Module):
                 self.log_alpha.add_(args.alpha_lr * excess.clamp(-1, 1))
             for mine, theirs in zip(self.target_critic.parameters(), self.critic.parameters(), strict=True):
                 mine.lerp_(theirs, args.target_rate)
+            for mine, theirs in zip(self.average.parameters(), self.actor.parameters(), strict=True):
+                mine.lerp_(theirs, args.average_rate)
             # Rollouts go on from the sampled next state; a finished one starts again at a state of the data.
             self.rollout_age.add_(1)
             restart = rollout_terminal | (self.rollout_age >= args.rollout_horizon)
@@ -1014,7 +1043,7 @@ class PSPO(nn.Module):
         total, alive = torch.zeros_like(obs[:, 0]), torch.ones_like(obs[:, 0])
         rows, log_belief = torch.arange(len(obs), device=obs.device), self.log_belief()
         for _ in range(steps):
-            mean, std = self.active(obs, self.actor(obs)[0].tanh())
+            mean, std = self.active(obs, self.average(obs)[0].tanh())
             member = sample_models(log_belief, (len(obs),))
             sample = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
             reward, obs = self.active.split(sample)
@@ -1038,7 +1067,7 @@ class PSPO(nn.Module):
     @torch.no_grad()
     def start_value(self, obs: torch.Tensor) -> float:
         """The critic's value E_{s₀} min Q(s₀, tanh(mean)), in the data's reward units."""
-        return (self.critic(obs, self.actor(obs)[0].tanh()).amin(0).mean() * self.reward_scale).item()
+        return (self.critic(obs, self.average(obs)[0].tanh()).amin(0).mean() * self.reward_scale).item()
 
 
 # --- Run folder: identical in every script of this project (tests/test_shared_blocks.py) ---
@@ -1465,9 +1494,8 @@ def run(args: Args) -> Path:
         progress = bar(total=args.iterations, initial=log.rows[-1]["iteration"] if log.rows else 0, desc="policy")
         means: dict[str, torch.Tensor] = {}
         for iteration in range(progress.n + 1, args.iterations + 1):
-            remaining = 1 - (iteration - 1) / args.iterations  # the decreasing step sizes of Eq. (6)
-            learner.actor_optimizer.param_groups[0]["lr"] = args.actor_lr * remaining
-            learner.critic_optimizer.param_groups[0]["lr"] = args.critic_lr * remaining
+            # The decreasing step sizes of Eq. (6)
+            learner.critic_optimizer.param_groups[0]["lr"] = args.critic_lr * (1 - (iteration - 1) / args.iterations)
             if args.redraw_every and iteration % args.redraw_every == 0:
                 learner.redraw(pool)
             for key, value in learner.iterate().items():
@@ -1482,7 +1510,7 @@ def run(args: Args) -> Path:
             bad += ["policy weights"] * (not all(p.isfinite().all() for p in learner.actor.parameters()))
             remedy = "lower --critic-lr or --actor-lr, or raise --alpha"
             require(not bad, f"iteration {iteration}: {', '.join(bad)} not finite: {remedy}")
-            played = play(learner.actor.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
+            played = play(learner.average.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
             start = torch.as_tensor(played["start"], dtype=torch.float32, device=device)
             row |= {
                 "eval/return": played["returns"].mean(),
@@ -1511,7 +1539,7 @@ def run(args: Args) -> Path:
         raise SystemExit(130) from None
 
     # Final result
-    returns = play(learner.actor.act, episodes=args.final_episodes, seed=args.seed + 20_000)["returns"]
+    returns = play(learner.average.act, episodes=args.final_episodes, seed=args.seed + 20_000)["returns"]
     target, uncertainty = learner.target_and_uncertainty()
     behaviour = float(episode_returns(dataset).mean())
     low, high = REFERENCE_RETURNS[domain]
@@ -1535,11 +1563,11 @@ def run(args: Args) -> Path:
     }  # fmt: skip
     if domain == "liquidation":
         result |= compare_with_optimum(args, returns, play)
-    save_atomically(actor_file(learner.actor, args, domain, dataset), run_dir / "actor.pt")
+    save_atomically(actor_file(learner.average, args, domain, dataset), run_dir / "actor.pt")
     (run_dir / "result.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
-    plot(result, log.rows, target, uncertainty, learner.actor.act, run_dir / "figure.png")
+    plot(result, log.rows, target, uncertainty, learner.average.act, run_dir / "figure.png")
     if args.capture_video:
-        save_gif(learner.actor.act, make_env, args.seed, run_dir / "episode.gif")
+        save_gif(learner.average.act, make_env, args.seed, run_dir / "episode.gif")
     print_result(result, run_dir)
     return run_dir
 

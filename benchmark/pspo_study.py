@@ -1,9 +1,9 @@
 """The studies behind docs/pspo.md: what they run, how many seeds, and the tables they end in.
 
     python benchmark/pspo_study.py liquidation          # γ = 1 and 0.99, seeds 1-5
-    python benchmark/pspo_study.py ablations            # posterior, regularisation and λ, seeds 1-3
-    python benchmark/pspo_study.py poisoned             # 3 of 10 models lie about the price, then about the reward
-    python benchmark/pspo_study.py scale                # the unit of Δ and λ, on the pools that lie about the price
+    python benchmark/pspo_study.py ablations            # posterior, regularisation and λ, seeds 1-3, 6,000 iterations
+    python benchmark/pspo_study.py poisoned             # 3 of 10 models lie about the price, then about the reward; same
+    python benchmark/pspo_study.py scale                # the unit of Δ and λ, on a pool that lies about the price; seed 1
     python benchmark/pspo_study.py hopper               # --quick on hopper-medium-v2, seeds 1-3
 
 A study runs `--jobs` processes of one thread each and can be stopped and called again: what has a result.json is not
@@ -32,24 +32,35 @@ import pspo  # noqa: E402
 
 POISONS = ("price", "reward")  # three of ten models add 0.2 to the price at every step, or 20% to every reward
 RULES = {"evidence": [], "uniform": ["--posterior", "uniform"], "pessimistic": ["--posterior", "pessimistic"]}
+SHORT = ["--iterations", "6000", "--eval-every", "1000"]  # the same budget for every variant of a comparison
 STUDIES: dict[str, tuple[range, dict[str, list[str]]]] = {
     "liquidation": (range(1, 6), {"γ = 1": [], "γ = 0.99": ["--gamma", "0.99"]}),
     "ablations": (
         range(1, 4),
-        {"default (λ = 1)": [], "λ = 10": ["--likelihood-coef", "10"]}
-        | {rule: flags for rule, flags in RULES.items() if flags}
-        | {"reading B (--evidence critic)": ["--evidence", "critic"]}
-        | {"without regularisation": ["--no-regularization"]},
+        {"evidence, λ = 1": SHORT, "evidence, λ = 10": ["--likelihood-coef", "10", *SHORT]}
+        | {rule: flags + SHORT for rule, flags in RULES.items() if flags}
+        | {"without regularisation": ["--no-regularization", *SHORT]},
     ),
     "poisoned": (
         range(1, 4),
-        {f"{poison}, {rule}": ["--poison", poison, *flags] for poison in POISONS for rule, flags in RULES.items()}
-        | {f"{poison}, reading B": ["--poison", poison, "--evidence", "critic"] for poison in POISONS},
+        {
+            f"{poison}, {rule}": ["--poison", poison, *flags, *SHORT]
+            for poison in POISONS
+            for rule, flags in RULES.items()
+        },
     ),
     "scale": (
-        range(1, 3),
+        range(1, 2),
         {
-            f"{scale}, λ = {strength}": ["--poison", "price", "--evidence-scale", scale, "--likelihood-coef", strength]
+            f"{scale}, λ = {strength}": [
+                "--poison",
+                "price",
+                "--evidence-scale",
+                scale,
+                "--likelihood-coef",
+                strength,
+                *SHORT,
+            ]  # fmt: skip
             for scale, strengths in {"spread": "1 3", "mean": "1 5", "none": "1 1000"}.items()
             for strength in strengths.split()
         },
