@@ -35,6 +35,7 @@ import platform
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -1338,11 +1339,12 @@ def load_pool(args: Args, dataset: Dataset, device: torch.device) -> tuple[Dynam
 def make_eval_env(args: Args, domain: str, dataset: Dataset, **kwargs) -> gym.Env:
     """The evaluation environment: --eval-env-id, else the data set's own (Minari), else -v4 (D4RL)."""
     env_id = args.eval_env_id or dataset.env_spec or EVAL_ENVS.get(domain, "liquidation_env:Liquidation-v0")
-    try:
-        env = gym.make(env_id, **kwargs)
-    except gym.error.Error as error:
-        raise UserError(f"cannot make the evaluation environment {env_id}: {str(error).splitlines()[0]}") from error
-    return gym.wrappers.FlattenObservation(env) if isinstance(env.observation_space, gym.spaces.Dict) else env
+    with warnings.catch_warnings():  # -v4 is what D4RL's data need; Gymnasium says that it is old every time
+        warnings.filterwarnings("ignore", message=".*is out of date")
+        try:
+            return gym.make(env_id, **kwargs)
+        except gym.error.Error as error:
+            raise UserError(f"cannot make the evaluation environment {env_id}: {error}: check --eval-env-id") from error
 
 
 def actor_file(actor: Actor, args: Args, domain: str, dataset: Dataset) -> dict:

@@ -1,9 +1,9 @@
 """The studies behind docs/pspo.md: what they run, how many seeds, and the tables they end in.
 
     python benchmark/pspo_study.py liquidation          # γ = 1 and 0.99, seeds 1-5
-    python benchmark/pspo_study.py ablations            # posterior, regularisation and λ, seeds 1-3, 6,000 iterations
-    python benchmark/pspo_study.py poisoned             # 3 of 10 models lie about the price, then about the reward; same
-    python benchmark/pspo_study.py scale                # the unit of Δ and λ, on a pool that lies about the price; seed 1
+    python benchmark/pspo_study.py ablations            # posterior, regularisation, λ; seeds 1-3
+    python benchmark/pspo_study.py poisoned             # 3 of 10 models lie; seeds 1-3
+    python benchmark/pspo_study.py scale                # the unit of Δ, and λ; seed 1
     python benchmark/pspo_study.py hopper               # --quick on hopper-medium-v2, seeds 1-3
 
 A study runs `--jobs` processes of one thread each and can be stopped and called again: what has a result.json is not
@@ -60,7 +60,7 @@ STUDIES: dict[str, tuple[range, dict[str, list[str]]]] = {
                 "--likelihood-coef",
                 strength,
                 *SHORT,
-            ]  # fmt: skip
+            ]
             for scale, strengths in {"spread": "1 3", "mean": "1 5", "none": "1 1000"}.items()
             for strength in strengths.split()
         },

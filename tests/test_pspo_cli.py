@@ -172,7 +172,7 @@ def test_switches_change_the_metrics(reference, tmp_path, no_figure):
         dict(seed=2), dict(posterior="uniform"), dict(posterior="pessimistic"), dict(evidence="critic"),
         dict(regularization=False), dict(evidence_scale="mean"), dict(evidence_scale="none"),
         dict(likelihood_coef=10.0), dict(likelihood_coef=0.0), dict(gamma=0.9),
-        dict(evidence_decay=0.5), dict(trust_region=1e-4),
+        dict(evidence_decay=0.5), dict(trust_region=1e-4), dict(projection="reverse"),
     ]  # fmt: skip
     reports = {"reference": metrics(reference[0])}
     for i, switch in enumerate(switches):
@@ -507,6 +507,20 @@ def test_resume_after_the_data_changed(monkeypatch, capsys, tmp_path, no_figure)
     write_hdf5(path, hopper_columns(rows=360))
     capsys.readouterr()
     refused(monkeypatch, capsys, dict(resume=run_dir), "trained on other data")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(critic_lr=1e30), "not finite"),
+        (dict(actor_lr=1e10), "not finite"),
+        (dict(dynamics_lr=1e12), "dynamics models diverged"),
+    ],
+)
+def test_divergence_is_named(tmp_path, no_figure, settings, words):
+    """Numbers that run away stop the run with the reason, before they reach the environment."""
+    with pytest.raises(pspo.UserError, match=words):
+        train(tmp_path, **settings)
 
 
 def test_errors_of_the_whole_program(tmp_path):
