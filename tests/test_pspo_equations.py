@@ -743,7 +743,7 @@ def test_value_shapes_noise_and_bounds(small):
 
 def test_posterior_sampled_target_is_the_belief_weighted_mean(small):
     """Eqs. (5) and (8): the targets of model_targets average to E_{τ~P}[r] where V = 0, for a far from even belief."""
-    learner = make_learner(small, model_samples=4000, likelihood_coef=3.0)
+    learner = make_learner(small, model_samples=40_000, likelihood_coef=3.0)
     learner.value = lambda obs: torch.zeros(obs.shape[:-1])
     obs, action = torch.tensor([[5.0, 100.0, 1.2]] * 3), torch.tensor([[-0.5], [0.5], [1.0]])
     with torch.no_grad():
@@ -754,7 +754,7 @@ def test_posterior_sampled_target_is_the_belief_weighted_mean(small):
     assert belief.max() > 2 * belief.min()
     expected = (belief[:, None] * mean[..., 0]).sum(0) / learner.reward_scale
     uniform = mean[..., 0].mean(0) / learner.reward_scale
-    error = (std[..., 0].amax(0) + mean[..., 0].std(0)) / learner.reward_scale / 4000**0.5
+    error = (std[..., 0].amax(0) + mean[..., 0].std(0)) / learner.reward_scale / 40_000**0.5
     assert ((y - expected).abs() < 4 * error).all()
     assert ((y - uniform).abs() > 4 * error).all()
     assert next_obs.shape == (3, 3)
