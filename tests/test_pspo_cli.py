@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import shlex
@@ -43,9 +44,10 @@ def flags(settings):
 
 
 def start(*words):
-    """`python pspo.py …` in the repository's root."""
-    command = [sys.executable, "pspo.py", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """`python pspo.py …` in the repository's root, with Ctrl-C as in a terminal: a background job ignores it."""
+    command, pipe = [sys.executable, "pspo.py", *map(str, words)], subprocess.PIPE
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
 
 
 def train(runs_dir, **settings):
@@ -248,7 +250,10 @@ def test_ctrl_c_in_the_terminal(tmp_path, no_figure):
     while process.poll() is None and not list(tmp_path.glob("*/checkpoint.pt")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
     run_dir = only_folder(tmp_path)
