@@ -11,10 +11,10 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+from d4rl_layout import KEYS, columns, episodes, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [s for s in ("pspo", "iql", "steer_poe") if (ROOT / f"{s}.py").exists()]
-KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -22,39 +22,8 @@ def script(request):
     return importlib.import_module(request.param)
 
 
-def episodes(*lengths, obs_dim=3, act_dim=2, seed=0):
-    """A list of (T + 1 observations, T actions, T rewards), all different numbers."""
-    rng = np.random.default_rng(seed)
-    return [
-        (
-            rng.standard_normal((length + 1, obs_dim)).astype(np.float32),
-            rng.uniform(-1, 1, (length, act_dim)).astype(np.float32),
-            rng.standard_normal(length).astype(np.float32),
-        )
-        for length in lengths
-    ]
-
-
-def columns(trajectories, ends):
-    """D4RL's columns of the trajectories; ends[i] is "terminal", "timeout" or "" (not marked)."""
-    parts = {key: [] for key in KEYS}
-    for (obs, actions, rewards), end in zip(trajectories, ends, strict=True):
-        last = np.arange(len(rewards)) == len(rewards) - 1
-        values = (obs[:-1], actions, rewards, obs[1:], last & (end == "terminal"), last & (end == "timeout"))
-        for key, value in zip(KEYS, values, strict=True):
-            parts[key].append(value)
-    return {key: np.concatenate(value) for key, value in parts.items()}
-
-
 def without(arrays, *keys):
     return {key: value for key, value in arrays.items() if key not in keys}
-
-
-def write(path, arrays):
-    with h5py.File(path, "w") as file:
-        for key, value in arrays.items():
-            file[key] = value
-    return str(path)
 
 
 def three_episodes():

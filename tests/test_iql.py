@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
+from d4rl_layout import columns, episodes, write
 
 import iql
 
@@ -244,37 +244,6 @@ def test_actions_are_kept_off_the_bounds():
 
 
 # --- Reward transforms ---
-def episodes(*lengths, obs_dim=3, act_dim=2, seed=0):
-    """A list of (T + 1 observations, T actions, T rewards), all different numbers."""
-    rng = np.random.default_rng(seed)
-    return [
-        (
-            rng.standard_normal((length + 1, obs_dim)).astype(np.float32),
-            rng.uniform(-1, 1, (length, act_dim)).astype(np.float32),
-            rng.standard_normal(length).astype(np.float32),
-        )
-        for length in lengths
-    ]
-
-
-def columns(trajectories, ends):
-    """D4RL's columns; ends[i] is "terminal" or "timeout"."""
-    parts = {key: [] for key in iql.DATA_KEYS}
-    for (obs, actions, rewards), end in zip(trajectories, ends, strict=True):
-        last = np.arange(len(rewards)) == len(rewards) - 1
-        values = (obs[:-1], actions, rewards, obs[1:], last & (end == "terminal"), last & (end == "timeout"))
-        for key, value in zip(parts, values, strict=True):
-            parts[key].append(value)
-    return {key: np.concatenate(value) for key, value in parts.items()}
-
-
-def write(path, arrays):
-    with h5py.File(path, "w") as file:
-        for key, value in arrays.items():
-            file[key] = value
-    return str(path)
-
-
 def test_reward_transforms():
     arrays = columns(episodes(4, 3, 2), ("terminal", "timeout", "terminal"))
     arrays["rewards"][:] = [1, 1, 1, 1, 2, 2, 2, 0, -1]  # returns 4, 6, -1
