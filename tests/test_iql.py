@@ -1,4 +1,4 @@
-"""IQL: its equations against exact answers, its bookkeeping, and the script as a user runs it."""
+"""IQL: its equations by hand, its bookkeeping, and the script as a user runs it. Theorems: test_theorems_iql.py."""
 
 import csv
 import importlib.util
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from d4rl_layout import columns, episodes, write
+from docs_pages import logged_metrics
 
 import iql
 
@@ -30,78 +31,6 @@ def test_expectile_loss_and_its_gradient():
     loss.sum().backward()
     assert torch.allclose(u.grad, torch.tensor([-0.4, -0.1, 0.0, 1.8, 5.4], dtype=torch.float64))
     assert torch.allclose(iql.expectile_loss(u, 0.5), 0.5 * u**2)  # τ = 1/2 is least squares, halved
-
-
-def exact_expectile(q: np.ndarray, probability: np.ndarray, tau: float) -> float:
-    """The root of τ E[(Q − v)⁺] = (1 − τ) E[(v − Q)⁺] by bisection."""
-    low, high = q.min(), q.max()
-    for _ in range(200):
-        v = (low + high) / 2
-        excess = (
-            tau * (probability * np.maximum(q - v, 0)).sum() - (1 - tau) * (probability * np.maximum(v - q, 0)).sum()
-        )
-        low, high = (v, high) if excess > 0 else (low, v)
-    return v
-
-
-def tabular_iql(tau: float, gamma: float = 0.9, seed: int = 0):
-    """Fixed point of Eqs. (5) and (6) on a random MDP, with the script's losses: V (S,), Q (S, A), μ, P, r."""
-    rng = np.random.default_rng(seed)
-    states, actions = 4, 3
-    behaviour = rng.dirichlet(np.full(actions, 5.0), states)
-    behaviour[0] = [0.5, 0.5, 0.0]  # the third action of state 0 is not in the data …
-    transition = rng.dirichlet(np.ones(states), (states, actions))
-    reward = rng.uniform(0, 1, (states, actions))
-    reward[0, 2] = 50.0  # … though it would be by far the best
-    mu, p, r = (torch.as_tensor(x) for x in (behaviour, transition, reward))
-    v, terminal = torch.zeros(states, dtype=torch.float64), torch.tensor(False)
-    for _ in range(250):
-        q = iql.bellman_target(r, terminal, p @ v, gamma)  # Eq. (6) is least squares: its minimiser is E[y]
-        for _ in range(6):  # Newton's method is exact on a piecewise quadratic loss
-            v = v.clone().requires_grad_(True)
-            loss = (mu * iql.expectile_loss(q - v[:, None], tau)).sum()
-            (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
-            (curvature,) = torch.autograd.grad(gradient.sum(), v)
-            v = (v - gradient / curvature).detach()
-    return v.numpy(), q.numpy(), behaviour, transition, reward
-
-
-TAUS = (0.5, 0.7, 0.9, 0.99)
-
-
-@pytest.fixture(scope="module")
-def fixed_points():
-    return {tau: tabular_iql(tau) for tau in TAUS}
-
-
-@pytest.mark.parametrize("tau", TAUS)
-def test_value_is_the_exact_expectile_of_q_under_the_behaviour(fixed_points, tau):
-    v, q, behaviour, *_ = fixed_points[tau]
-    exact = [exact_expectile(q[s], behaviour[s], tau) for s in range(len(v))]
-    assert np.allclose(v, exact, atol=1e-8)
-
-
-def test_half_expectile_is_the_value_of_the_behaviour(fixed_points):
-    v, _, behaviour, transition, reward = fixed_points[0.5]
-    mean_reward, mean_transition = (behaviour * reward).sum(1), np.einsum("sa,sat->st", behaviour, transition)
-    assert np.allclose(v, np.linalg.solve(np.eye(4) - 0.9 * mean_transition, mean_reward), atol=1e-8)
-
-
-def test_value_grows_with_tau_to_the_best_value_within_the_data(fixed_points):
-    _, _, behaviour, transition, reward = fixed_points[0.5]
-    best = np.zeros(4)
-    for _ in range(500):  # value iteration over the actions of the data
-        best = np.where(behaviour > 0, reward + 0.9 * transition @ best, -np.inf).max(1)
-    values = np.array([fixed_points[tau][0] for tau in TAUS])
-    assert (np.diff(values, axis=0) > 1e-3).all()  # Lemma 2
-    assert (values <= best + 1e-8).all()  # Corollary 2.1: never above, though an action worth 50 is one step away
-    assert np.abs(tabular_iql(0.9999)[0] - best).max() < 0.01 < np.abs(values[-1] - best).max()  # Theorem 3
-
-
-def test_expectiles_tend_to_the_maximum_of_the_support():
-    q, probability = np.array([0.0, 1.0, 4.0]), np.array([0.6, 0.399, 0.001])  # Lemma 1
-    gaps = [4 - exact_expectile(q, probability, 1 - 10.0**-k) for k in (3, 4, 5, 6, 7)]
-    assert all(a > b for a, b in itertools.pairwise(gaps)) and gaps[-1] < 1e-3
 
 
 def test_advantage_weights_and_their_clip():
@@ -347,6 +276,13 @@ def test_settings_per_domain():
     assert len(iql.D4RL_FILES) == 18 + 6 + 5 + 9
 
 
+def test_paper_scores_of_locomotion():
+    """Table 1: nine data sets that sum to 692.6, the paper's 77.0 on average."""
+    tasks = itertools.product(("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert"))
+    scores = [iql.PAPER_SCORES[f"{task}-{level}-v2"] for task, level in tasks]
+    assert sum(scores) == pytest.approx(692.6) and np.mean(scores) == pytest.approx(77.0, abs=0.05)
+
+
 def test_scores():
     assert iql.normalised_score(3234.3, "hopper") == pytest.approx(100)
     assert iql.normalised_score(np.array([0.0, 1.0, 57.0]), "antmaze").tolist() == [0, 100, 100]
@@ -415,6 +351,13 @@ def metrics(folder):
 def rows(folder):
     with open(folder / "metrics.csv") as file:
         return list(csv.DictReader(file))
+
+
+def test_every_metric_is_documented(tmp_path, monkeypatch):
+    """docs/iql.md explains what metrics.csv holds, fine-tuning too: all of it and nothing else."""
+    monkeypatch.setattr(iql, "plot", lambda *_: None)
+    in_process([*TINY, "--eval-every", "20", "--online-steps", "20", "--dataset-episodes", "20"], monkeypatch, tmp_path)
+    assert logged_metrics("iql.md") == rows(only_run(tmp_path))[-1].keys() - {"iteration"}
 
 
 def test_liquidation_as_a_user_types_it_twice(tmp_path):

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from docs_pages import logged_metrics
 
 import pspo
 
@@ -113,6 +114,11 @@ def test_metrics(reference):
         assert len(set(columns[name])) == 4
     score = pspo.normalised_score(columns["eval/return"], "liquidation")
     assert columns["eval/score"] == pytest.approx(score)
+
+
+def test_every_metric_is_documented(reference):
+    """docs/pspo.md explains what metrics.csv holds, all of it and nothing else."""
+    assert logged_metrics("pspo.md") == metrics(reference[0]).keys() - {"iteration"}
 
 
 def test_result(reference):

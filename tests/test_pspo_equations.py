@@ -1,13 +1,13 @@
-"""PSPO's equations, propositions and proofs as numbers: on problems small enough to be solved exactly.
+"""PSPO's equations as numbers: each function against a closed form, quadrature or sampling, and the learner itself.
 
 Equation numbers are the paper's (arXiv 2605.07393), as in the docstring of pspo.py. Where a statement is exact the
 arithmetic is float64; where it is about sampling, the tolerance is that of a fixed seed with a known standard error.
+Propositions, lemma and theorems are in test_theorems_pspo.py.
 """
 
 import copy
 import functools
 import math
-from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -22,265 +22,9 @@ F64 = torch.float64
 QUIET = functools.partial(tqdm, disable=True)
 
 
-# --- Small problems with exact answers ---
-
-
-@dataclass(frozen=True)
-class Tabular:
-    """A Markov decision problem with S states, A actions and N models of it; all tensors float64."""
-
-    transition: torch.Tensor  # (N, S, A, S), τ(s' | s, a)
-    reward: torch.Tensor  # (N, S, A), E_τ[r]
-    belief: torch.Tensor  # (N,), P(τ)
-    behaviour: torch.Tensor  # (S, A), μ(a | s)
-    start: torch.Tensor  # (S,), ρ₀
-    gamma: float = 0.9
-    alpha: float = 0.3
-
-    def expected_target(self, next_value):
-        """E_{τ~P}[ r + γ E_{s'~τ} V(s') ], the common part of Eqs. (5) and (8): (S,) -> (S, A)."""
-        return torch.einsum("n,nsa->sa", self.belief, target(self.reward, self.transition @ next_value, self.gamma))
-
-    def evaluation_operator(self, q, policy):
-        """T^π of Eq. (5)."""
-        return self.expected_target((policy * q).sum(1))
-
-    def value(self, q):
-        """V(s) = α log E_{a~μ} exp(Q(s, a) / α)."""
-        return pspo.soft_value(q.T, self.behaviour.log().T, self.alpha)
-
-    def optimality_operator(self, q):
-        """T* of Eq. (8)."""
-        return self.expected_target(self.value(q))
-
-    def fixed_point(self, q):
-        """The limit of T*ⁿ q. 400 iterations at γ = 0.9 leave 1e-18 of the starting error."""
-        for _ in range(400):
-            q = self.optimality_operator(q)
-        return q
-
-    def regularised_return(self, policy):
-        """J̄(π) of Eq. (7), exactly: solves V = Σ_a π ( E_τ[r + γ E V] − α log(π / μ) )."""
-        expected_reward = torch.einsum("n,nsa->sa", self.belief, self.reward)
-        kl = (policy * (policy / self.behaviour).log()).sum(1)
-        chain = torch.einsum("n,nsat,sa->st", self.belief, self.transition, policy)
-        system = torch.eye(len(chain), dtype=F64) - self.gamma * chain
-        return self.start @ torch.linalg.solve(system, (policy * expected_reward).sum(1) - self.alpha * kl)
-
-
-def target(reward, next_value, gamma):
-    """pspo.bellman_target of a row that does not end the episode."""
-    return pspo.bellman_target(reward, torch.zeros_like(reward, dtype=torch.bool), next_value, gamma)
-
-
-def distribution(*shape, generator, spread=1.0):
-    return (spread * torch.randn(shape, generator=generator, dtype=F64)).softmax(-1)
-
-
-def tabular(seed, models=4, states=5, actions=3, **constants):
-    """A random member of the family; the belief comes from random evidence through Eq. (4)."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(distribution, generator=generator)
-    return Tabular(
-        transition=draw(models, states, actions, states, spread=2.0),
-        reward=2 * torch.rand((models, states, actions), generator=generator, dtype=F64) - 1,
-        belief=pspo.posterior(torch.rand(models, generator=generator, dtype=F64), 2.0).exp(),
-        behaviour=draw(states, actions),
-        start=draw(states),
-        **constants,
-    )
-
-
-def random_q(mdp, seed, scale=5.0):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(mdp.behaviour.shape, generator=generator, dtype=F64)
-
-
-def maximise(objective, *shape):
-    """The distribution over the last dimension that maximises a concave objective, found without using its theory."""
-    logits = torch.zeros(shape, dtype=F64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = -objective(logits.softmax(-1))
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return logits.detach().softmax(-1)
-
-
 def chi_square(counts, probabilities):
     expected = counts.sum() * probabilities
     return ((counts - expected).square() / expected).sum().item()
-
-
-# --- Proposition 1, Proposition 2, Lemma 1, Theorem 1 ---
-
-
-@pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])
-def test_proposition_1_evaluation_operator_is_a_contraction(gamma):
-    """Proposition 1: ‖T^π Q₁ − T^π Q₂‖ ≤ γ ‖Q₁ − Q₂‖ in the sup norm for Eq. (5), and no smaller factor will do."""
-    ratios = []
-    for seed in range(200):
-        mdp = tabular(seed, gamma=gamma)
-        policy = distribution(5, 3, generator=torch.Generator().manual_seed(seed))
-        q = random_q(mdp, seed)
-        # From differences in every direction (seed 0) to nearly constant ones, which the bound is tight for.
-        other = q + 1 + random_q(mdp, seed + 1000, scale=5 * (1 - seed / 200))
-        gap = (mdp.evaluation_operator(q, policy) - mdp.evaluation_operator(other, policy)).abs().max()
-        ratios.append((gap / (q - other).abs().max()).item())
-    assert max(ratios) <= gamma * (1 + 1e-12)
-    assert max(ratios) > 0.95 * gamma
-    assert min(ratios) < 0.7 * gamma
-
-
-def test_proposition_2_variance_of_the_sampled_target():
-    """Proposition 2: |r| ≤ R_max ⇒ Var(y) ≤ R_max² / (1−γ)² for y = r + γ Q(s', a'), by Popoviciu's inequality."""
-    for seed in range(100):
-        mdp = tabular(seed)
-        policy = distribution(5, 3, generator=torch.Generator().manual_seed(seed))
-        bound = mdp.reward.abs().max() / (1 - mdp.gamma)
-        q = (2 * torch.rand(5, 3, dtype=F64) - 1) * bound  # any Q that rewards within R_max can have
-        y = target(mdp.reward[..., None, None], q.expand(4, 5, 3, 5, 3), mdp.gamma)  # (τ, s, a, s', a')
-        weight = mdp.belief[:, None, None, None, None] * mdp.transition[..., None] * policy
-        mean = (weight * y).sum((0, 3, 4))
-        variance = (weight * (y - mean[..., None, None]).square()).sum((0, 3, 4))
-        assert (weight.sum((0, 3, 4)) - 1).abs().max() < 1e-12
-        assert 0 < variance.max() <= bound**2
-
-
-def test_proposition_2_is_tight():
-    """Proposition 2 with equality: one model pays R_max for ever, the other takes it away, the belief is even."""
-    gamma, largest = 0.9, 3.0
-    reward = torch.tensor([largest, -largest], dtype=F64)
-    y = target(reward, reward / (1 - gamma), gamma)
-    assert y.var(correction=0).item() == pytest.approx((largest / (1 - gamma)) ** 2, rel=1e-12)
-
-
-@pytest.mark.parametrize("alpha", [1e-3, 0.3, 10.0])
-def test_lemma_1_soft_value_is_a_non_expansion(alpha):
-    """Lemma 1: |f(Q₁) − f(Q₂)| ≤ ‖Q₁ − Q₂‖ for f(Q) = α log E_μ exp(Q/α), with equality for a constant difference."""
-    mdp = tabular(0, states=50, actions=6, alpha=alpha)
-    for seed in range(100):
-        q, other = random_q(mdp, seed), random_q(mdp, seed + 1000)
-        gap = (mdp.value(q) - mdp.value(other)).abs()
-        assert (gap <= (q - other).abs().amax(1) * (1 + 1e-12)).all()
-    assert (mdp.value(q + 7) - mdp.value(q) - 7).abs().max() < 1e-10
-
-
-def test_soft_value_lies_between_mean_and_maximum():
-    """V(s) → E_μ Q for α → ∞ and → max Q for α → 0, and increases from one to the other."""
-    mdp = tabular(0)
-    q = random_q(mdp, 0)
-    values = torch.stack([replace(mdp, alpha=alpha).value(q) for alpha in (1e9, 10.0, 1.0, 0.1, 1e-6)])
-    assert (values.diff(dim=0) > 0).all()
-    assert (values[0] - (mdp.behaviour * q).sum(1)).abs().max() < 1e-5
-    assert (values[-1] - q.amax(1)).abs().max() < 1e-4
-
-
-def test_optimality_operator_is_a_contraction():
-    """Theorem 1, first step: T* of Eq. (8) is a γ-contraction."""
-    for seed in range(100):
-        mdp = tabular(seed)
-        q, other = random_q(mdp, seed), random_q(mdp, seed + 1000)
-        gap = (mdp.optimality_operator(q) - mdp.optimality_operator(other)).abs().max()
-        assert gap <= mdp.gamma * (q - other).abs().max() * (1 + 1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_theorem_1_fixed_point_is_unique(seed):
-    """Theorem 1: iterating Eq. (8) from two distant starts ends in the same Q*, and T* Q* = Q*."""
-    mdp = tabular(seed)
-    first, second = mdp.fixed_point(random_q(mdp, 0)), mdp.fixed_point(100 + random_q(mdp, 1, scale=100.0))
-    assert (first - second).abs().max() < 1e-11
-    assert (mdp.optimality_operator(first) - first).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_theorem_1_optimal_policy(seed):
-    """Theorem 1: π* ∝ μ exp(Q*/α) maximises E_π Q* − α KL(π ‖ μ) in every state, and the maximum is V(s)."""
-    mdp = tabular(seed)
-    q = mdp.fixed_point(random_q(mdp, 0))
-    best = (mdp.behaviour.log() + q / mdp.alpha).softmax(1)
-
-    def objective(policy):
-        kl = (policy * (policy / mdp.behaviour).log()).sum(1)
-        return pspo.policy_objective((policy * q).sum(1), mdp.alpha, kl, 0.0, 0.0)
-
-    assert objective(best).item() == pytest.approx(mdp.value(q).mean().item(), abs=1e-12)
-    assert (maximise(objective, *q.shape) - best).abs().max() < 1e-5
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(200):
-        assert objective(distribution(*q.shape, generator=generator)) < objective(best)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_theorem_1_maximises_the_regularised_return(seed):
-    """Theorem 1: J̄ of Eq. (7), evaluated exactly, is E_{s₀} V*(s₀) for π* and less for every other policy."""
-    mdp = tabular(seed)
-    q = mdp.fixed_point(random_q(mdp, 0))
-    logits = mdp.behaviour.log() + q / mdp.alpha
-    optimum = mdp.regularised_return(logits.softmax(1)).item()
-    assert optimum == pytest.approx((mdp.start @ mdp.value(q)).item(), abs=1e-11)
-    generator = torch.Generator().manual_seed(seed)
-    for scale in (0.01, 0.1, 1.0):  # near π* as well as far from it
-        for _ in range(100):
-            other = logits + scale * torch.randn(logits.shape, generator=generator, dtype=F64)
-            assert mdp.regularised_return(other.softmax(1)) < optimum
-    assert mdp.regularised_return(mdp.behaviour) < optimum
-
-
-# --- Eqs. (3) and (4): evidence and posterior ---
-
-
-def test_equation_3_value():
-    """Eq. (3): Δ_τ is the mean squared difference of two targets; by hand."""
-    model = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])
-    assert pspo.model_evidence(model, torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([0, 3, 14 / 3])
-
-
-def test_equation_3_is_least_for_the_true_model():
-    """Eq. (3): on transitions of model 2 its own expected target has the least Δ, and the belief finds it."""
-    mdp = tabular(0, models=6)
-    torch.manual_seed(0)
-    state, action = torch.randint(5, (20_000,)), torch.randint(3, (20_000,))
-    next_state = mdp.transition[2, state, action].multinomial(1)[:, 0]
-    value = mdp.value(random_q(mdp, 0))
-    observed = target(mdp.reward[2, state, action], value[next_state], mdp.gamma)
-    by_model = target(mdp.reward, mdp.transition @ value, mdp.gamma)[:, state, action]  # (N, rows)
-    belief = pspo.posterior(pspo.model_evidence(by_model, observed), 3.0).exp()
-    assert belief.argmax() == 2
-    assert belief[2] > 0.5
-
-
-@pytest.mark.parametrize("strength", [0.1, 1.0, 5.0])
-def test_equation_4_against_a_numerical_minimiser(strength):
-    """Eq. (4): P ∝ exp(−λ Δ) minimises E_P[Δ] + KL(P ‖ P₀) / λ over the simplex, P₀ uniform."""
-    evidence = torch.tensor([0.3, 0.0, 1.7, 0.9, 2.5], dtype=F64)
-    numerical = maximise(lambda p: -(p @ evidence) - (p @ (5 * p).log()) / strength, 5)
-    belief = pspo.posterior(evidence, strength).exp()
-    assert belief.sum().item() == pytest.approx(1, abs=1e-12)
-    assert (numerical - belief).abs().max() < 1e-5
-
-
-def test_equation_4_at_its_limits():
-    """Eq. (4): λ = 0 is P₀ whatever the evidence; a huge λ or Δ picks the best model and nothing becomes NaN."""
-    evidence = torch.tensor([1e30, 0.5, 0.25, 3.0])
-    assert pspo.posterior(evidence, 0.0).exp().tolist() == pytest.approx([0.25] * 4)
-    for strength in (1.0, 1e6):
-        belief = pspo.posterior(evidence, strength)
-        assert not belief.isnan().any()
-        assert belief.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    assert belief.exp().tolist() == [0, 0, 1, 0]
-    assert pspo.posterior(torch.full((4,), 1e30), 1e6).exp().tolist() == pytest.approx([0.25] * 4)
-    # A constant added to Δ is no evidence; every column of a batch is a posterior of its own.
-    batch = torch.rand(7, 4, dtype=F64)
-    assert (pspo.posterior(batch + 5, 2.0) - pspo.posterior(batch, 2.0)).abs().max() < 1e-12
-    assert (pspo.posterior(batch, 2.0)[3] - pspo.posterior(batch[3], 2.0)).abs().max() < 1e-15
 
 
 # --- Drawing models, Eq. (6) ---
@@ -311,37 +55,6 @@ def test_sample_models_frequencies_with_a_belief_per_row():
     assert drawn.shape == (20_000, 2)
     for column, expected in zip(drawn.T, belief.double(), strict=True):
         assert chi_square(torch.bincount(column, minlength=3).double(), expected) < 13.8  # 99.9%, 2 degrees
-
-
-def test_equation_6_stochastic_approximation():
-    """Eq. (6): Q ← Q + η_t (y − Q) with τ ~ P, s' ~ τ tends to Q* of Eq. (8) under Robbins–Monro step sizes;
-    with a constant step it stops at a noise floor."""
-    mdp = tabular(0, models=3, states=3, actions=2, gamma=0.5, alpha=0.5)
-    exact = mdp.fixed_point(random_q(mdp, 0))
-    torch.manual_seed(0)
-    chains, updates = 50, 3000
-    shape = (chains, 3, 2)
-    state, action = torch.arange(3)[:, None], torch.arange(2)
-    log_mu, chain = mdp.behaviour.log(), torch.arange(chains)[:, None, None]
-
-    def rms_errors(step_size):
-        q, errors = torch.full(shape, 5.0, dtype=F64), []
-        for t in range(1, updates + 1):
-            model = pspo.sample_models(mdp.belief.log(), shape)
-            chance = mdp.transition[model, state, action]  # (chains, S, A, S)
-            next_state = (chance.cumsum(-1) < torch.rand(*shape, 1, dtype=F64)).sum(-1).clamp(max=2)
-            value = pspo.soft_value(q.movedim(2, 0), log_mu.T[:, None], mdp.alpha)  # (chains, S)
-            y = target(mdp.reward[model, state, action], value[chain, next_state], mdp.gamma)
-            q = q + step_size(t) * (y - q)
-            errors.append((q - exact).square().mean().sqrt().item())
-        return np.array(errors)
-
-    decreasing, constant = rms_errors(lambda t: t**-0.7), rms_errors(lambda t: 0.5)
-    # The error falls like the square root of the step: by 10^−0.35 = 0.45 from 300 to 3,000 updates.
-    assert decreasing[-1] < 0.6 * decreasing[299] < 0.6 * 0.6 * decreasing[29]
-    assert decreasing[-1] < 0.03
-    assert constant[-300:].min() > 5 * decreasing[-1]
-    assert constant[-300:].mean() > 0.8 * constant[300:600].mean()
 
 
 def test_bellman_target_masks_the_value_after_the_end():
@@ -440,57 +153,6 @@ def test_policy_objective_gradient():
 
     policy = torch.randn(2, 6, 2, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(objective, (policy[0], policy[1]))
-
-
-def trust_region_problem():
-    generator = torch.Generator().manual_seed(3)
-    q = torch.randn(6, generator=generator, dtype=F64)
-    mu, previous = (distribution(6, generator=generator) for _ in range(2))
-    return q, mu, previous, 0.2  # α
-
-
-def product_of_experts(q, mu, previous, alpha, eta):
-    return ((alpha * mu.log() + eta * previous.log() + q) / (alpha + eta)).softmax(-1)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.1, 2.0])
-def test_equation_9_is_solved_by_a_product_of_experts(eta):
-    """Eq. (9) by its KKT conditions: π ∝ μ^(α/(α+η)) π_i^(η/(α+η)) exp(Q/(α+η)) maximises the penalised objective."""
-    q, mu, previous, alpha = trust_region_problem()
-
-    def objective(policy):
-        kl_mu, kl_previous = ((policy * (policy / other).log()).sum() for other in (mu, previous))
-        return pspo.policy_objective(policy @ q, alpha, kl_mu, eta, kl_previous)
-
-    best = product_of_experts(q, mu, previous, alpha, eta)
-    assert (maximise(objective, 6) - best).abs().max() < 1e-5
-    assert objective(maximise(objective, 6)) <= objective(best) + 1e-12
-
-
-def test_equation_9_multiplier_gives_the_constrained_maximum():
-    """Eq. (9): at the η where KL(π ‖ π_i) = ε no policy within the trust region does better; KL falls with η."""
-    q, mu, previous, alpha = trust_region_problem()
-    epsilon = 0.05
-
-    def kl(p, other):
-        return (p * (p / other).log()).sum(-1)
-
-    path = [product_of_experts(q, mu, previous, alpha, eta) for eta in np.geomspace(1e-3, 1e3, 50)]
-    distances = torch.stack([kl(policy, previous) for policy in path])
-    assert (distances.diff() < 0).all()
-    low, high = 1e-3, 1e3  # bisection on log η
-    for _ in range(100):
-        eta = math.sqrt(low * high)
-        best = product_of_experts(q, mu, previous, alpha, eta)
-        low, high = (eta, high) if kl(best, previous) > epsilon else (low, eta)
-    assert kl(best, previous).item() == pytest.approx(epsilon, rel=1e-9)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(100_000, 6, generator=generator, dtype=F64) * torch.rand(100_000, 1, dtype=F64)
-    others = torch.cat([(previous.log() + noise).softmax(-1), (best.log() + 0.1 * noise).softmax(-1)])
-    allowed = others[kl(others, previous) <= epsilon]
-    assert len(allowed) > 1000
-    value = allowed @ q - alpha * kl(allowed, mu)
-    assert value.max() < best @ q - alpha * kl(best, mu)
 
 
 # --- Termination ---
@@ -598,6 +260,23 @@ def test_normalised_score():
     scores = pspo.normalised_score(returns, "halfcheetah")
     assert half_width == pytest.approx(pspo.confidence_interval(scores))
     assert pspo.normalised_score(pspo.confidence_interval(returns), "halfcheetah") > half_width + 2
+
+
+def test_paper_scores():
+    """Tables 1 and 2: eighteen data sets whose average is the paper's 91.2, and liquidation."""
+    scores = dict(pspo.PAPER_SCORES)
+    assert scores.pop("liquidation") == 102.3
+    assert len(scores) == 18 and scores.keys() == pspo.D4RL_FILES.keys()
+    assert np.mean(list(scores.values())) == pytest.approx(91.2, abs=0.05)
+
+
+def test_settings_of_table_5():
+    """Table 5, for each of the three tasks; hopper's models are the smaller ones of section 12.2."""
+    for task, dynamics_size in (("hopper", 256), ("walker2d", 512), ("halfcheetah", 512)):
+        args, _ = pspo.resolve(pspo.Args(env_id=f"{task}-medium-v2"))
+        assert (args.gamma, args.likelihood_coef, args.pool_size, args.active_models) == (0.99, 1.0, 100, 10)
+        assert (args.hidden, args.batch_size, args.dynamics_epochs) == (256, 256, 1000)
+        assert (args.dynamics_hidden, args.dynamics_batch) == (dynamics_size, dynamics_size)
 
 
 def test_confidence_interval():
@@ -775,6 +454,31 @@ def test_pessimistic_target_is_the_kth_smallest(small, k):
     assert y.item() == pytest.approx(rewards.sort().values[k - 1].item(), abs=0.02)
 
 
+class DisagreeingModels(torch.nn.Module):
+    """Model n pays reward n for ever; no noise, and the state stays as it is."""
+
+    def forward(self, obs, action):
+        reward = torch.arange(10.0)[:, None, None].expand(10, len(obs), 1)
+        mean = torch.cat([reward, obs.expand(10, *obs.shape)], -1)
+        return mean, torch.zeros_like(mean)
+
+    def split(self, sample):
+        return sample[..., 0], sample[..., 1:]
+
+
+def test_predicted_return_draws_a_model_at_every_step(small):
+    """Eq. (1): over 4 steps the mean is 4 E_P[r] and the variance 4 Var_P[r]; one model an episode, Eq. (2), has 16."""
+    learner = make_learner(small)
+    learner.active, learner.terminal = DisagreeingModels(), lambda obs: torch.zeros(len(obs), dtype=torch.bool)
+    learner.evidence_sum.copy_(torch.linspace(0, 5, 10))
+    belief, reward = learner.log_belief().exp(), torch.arange(10.0)
+    mean = (belief * reward).sum()
+    variance = (belief * (reward - mean).square()).sum()
+    predicted = learner.predicted_return(torch.zeros(50_000, 3), 4)
+    assert predicted.mean().item() == pytest.approx(4 * mean.item(), abs=4 * (4 * variance.item() / 50_000) ** 0.5)
+    assert predicted.var().item() == pytest.approx(4 * variance.item(), rel=0.05)
+
+
 CORRUPTED = [1, 4, 7]
 
 
@@ -819,29 +523,6 @@ def test_belief_without_evidence_is_uniform(small):
     assert learned_belief(small, bias_reward(0.7), likelihood_coef=0.0) == pytest.approx(0.3)
     assert learned_belief(small, bias_reward(0.7), posterior="uniform") == pytest.approx(0.3)
     assert 0.12 < learned_belief(small, bias_reward(0.0)) < 0.6
-
-
-def test_projection():
-    """Theorem 1: projection_loss and Eq. (9) without its constraint are least at the same π* ∝ μ exp(Q/α)."""
-    generator, alpha = torch.Generator().manual_seed(0), 0.3
-    q = torch.randn(5, 1, dtype=torch.float64, generator=generator)  # five actions, one state
-    log_mu = torch.randn(5, 1, dtype=torch.float64, generator=generator).log_softmax(0)
-    optimum = (q / alpha + log_mu).log_softmax(0)
-
-    def losses(log_pi):
-        kl = (log_pi.exp() * (log_pi - log_mu)).sum(0)
-        objective = pspo.policy_objective((log_pi.exp() * q).sum(0), alpha, kl, 0.0, torch.zeros(1))
-        return pspo.projection_loss(q, log_mu, alpha, log_pi), -objective
-
-    entropy = -(optimum.exp() * optimum).sum()
-    assert losses(optimum)[0].item() == pytest.approx(entropy.item())  # KL(π* ‖ π) + H(π*), the KL is 0
-    logits = optimum.clone().requires_grad_()
-    for loss in losses(logits.log_softmax(0)):
-        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        assert gradient.abs().max() < 1e-12
-    for _ in range(50):
-        other = (optimum + 0.3 * torch.randn(5, 1, dtype=torch.float64, generator=generator)).log_softmax(0)
-        assert all(a > b for a, b in zip(losses(other), losses(optimum), strict=True))
 
 
 def test_mixture_log_weights_integrate_to_one():
