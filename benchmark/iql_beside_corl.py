@@ -1,0 +1,272 @@
+"""IQL beside CORL's IQL: the same data, environment, number of updates and seeds, each with its own code and settings.
+
+    git clone https://github.com/tinkoff-ai/CORL
+    python benchmark/iql_beside_corl.py --corl CORL --env-id hopper-medium-v2 --updates 100000 --seeds 1 2 3
+
+CORL's `algorithms/offline/iql.py` runs as it is, with its own configuration file. It imports gym, d4rl, wandb and
+pyrallis, which need an old Python; stand-ins take their places: Gymnasium's environment under gym's old interface, the
+data set under `qlearning_dataset`'s rules (facts that D4RL documents), a logger that keeps the learning curve.
+What has a result is not run again. Curves go to docs/results/iql_beside_corl_<env-id>.csv, the table to .md, the
+figure to docs/figures/iql_beside_corl.png (one panel for each data set that has a CSV).
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+import types
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
+
+EVAL_EVERY, EVAL_EPISODES, FINAL_EPISODES = 5000, 10, 100
+
+
+@dataclass
+class Args:
+    corl: Path
+    """a checkout of CORL"""
+    env_id: str = "hopper-medium-v2"
+    """a D4RL name; its file is looked for as iql.py does"""
+    updates: int = 100_000
+    """updates of each run; both cosine schedules end there"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of the runs"""
+    jobs: int = 2
+    """processes at a time, one thread each"""
+    runs_dir: Path = Path("runs/iql_beside_corl")
+    """where the runs lie; relative to the repository's root"""
+    only: str = ""
+    """internal: run CORL with this one seed in this process"""
+
+
+class OldEnv:
+    """A Gymnasium environment under the interface of gym 0.21, with D4RL's normalised score."""
+
+    def __init__(self, env_id: str, domain: str):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.env = gymnasium.make(env_id)
+        self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
+        self.domain, self.next_seed = domain, None
+        self.observe = self.reward = lambda x: x
+
+    def seed(self, seed: int) -> None:
+        self.next_seed = seed
+
+    def reset(self) -> np.ndarray:
+        obs, _ = self.env.reset(seed=self.next_seed)
+        self.next_seed = None
+        return self.observe(obs)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self.observe(obs), self.reward(reward), terminated or truncated, info
+
+    def get_normalized_score(self, total: float) -> float:
+        return iql.normalised_score(total, self.domain) / 100
+
+
+def transform(attribute: str):
+    """gym.wrappers.TransformObservation or TransformReward of an OldEnv, in place."""
+
+    def wrap(env: OldEnv, function) -> OldEnv:
+        setattr(env, attribute, function)
+        return env
+
+    return wrap
+
+
+def qlearning_rows(dataset: iql.Dataset) -> dict[str, np.ndarray]:
+    """D4RL's `qlearning_dataset`: row i with the next row's observation, timed-out rows and the last one dropped."""
+    keep = ~dataset.timeouts[:-1]
+    rows = {key: getattr(dataset, key)[:-1][keep].copy() for key in ("observations", "actions", "rewards", "terminals")}
+    return rows | {"next_observations": dataset.observations[1:][keep].copy()}
+
+
+def load_corl(checkout: Path, env_id: str, dataset: iql.Dataset, curve: list[tuple[int, float]]):
+    """CORL's module with stand-ins for what it imports; its log of scores goes to `curve`."""
+    domain = env_id.split("-")[0]
+    env = OldEnv({"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}[domain], domain)
+
+    def log(values: dict, step: int) -> None:
+        if "d4rl_normalized_score" in values:
+            curve.append((step, values["d4rl_normalized_score"]))
+            print(f"update {step}: score {curve[-1][1]:.1f}", flush=True)
+
+    wrappers = types.SimpleNamespace(TransformObservation=transform("observe"), TransformReward=transform("reward"))
+    stand_ins = {
+        "gym": dict(Env=OldEnv, make=lambda name: env, wrappers=wrappers),
+        "d4rl": dict(qlearning_dataset=lambda env: qlearning_rows(dataset)),
+        "pyrallis": dict(wrap=lambda: lambda function: function),
+        "wandb": dict(init=lambda **kwargs: None, log=log, run=types.SimpleNamespace(save=lambda: None)),
+    }
+    for name, attributes in stand_ins.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(attributes)
+    spec = importlib.util.spec_from_file_location("corl_iql", checkout / "algorithms/offline/iql.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["corl_iql"] = module
+    spec.loader.exec_module(module)
+    return module, env
+
+
+def corl_config(module, checkout: Path, env_id: str) -> dict:
+    """The configuration that CORL ships for this data set; flat `key: value` lines."""
+    task, level = env_id.removesuffix("-v2").split("-", 1)
+    text = (checkout / f"configs/offline/iql/{task}/{level.replace('-', '_')}_v2.yaml").read_text()
+    pairs = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    words = {"true": True, "false": False, "null": None, "''": ""}
+    types_ = {field.name: type(field.default) for field in dataclasses.fields(module.TrainConfig)}
+    return {
+        key: words[value] if value in words else types_[key](float(value) if types_[key] is not str else value)
+        for key, value in pairs.items()
+    }
+
+
+def run_corl(args: Args, seed: int, result: Path) -> None:
+    """CORL's own `train`, then a final evaluation with its own `eval_actor`."""
+    torch.set_num_threads(1)
+    dataset = iql.load_dataset(args.env_id, None, ())
+    curve: list[tuple[int, float]] = []
+    module, env = load_corl(args.corl, args.env_id, dataset, curve)
+    trainers = []
+
+    class Recorded(module.ImplicitQLearning):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            trainers.append(self)
+
+    module.ImplicitQLearning = Recorded
+    config = corl_config(module, args.corl, args.env_id)
+    config |= dict(device="cpu", seed=seed, max_timesteps=args.updates, buffer_size=1_000_000)
+    config |= dict(eval_freq=EVAL_EVERY, n_episodes=EVAL_EPISODES)
+    started = time.process_time()
+    module.train(module.TrainConfig(**config))
+    seconds = time.process_time() - started
+    returns = module.eval_actor(env, trainers[0].actor, "cpu", FINAL_EPISODES, seed + 20_000)
+    scores = [100 * env.get_normalized_score(x) for x in returns]
+    content = {"curve": curve, "final": float(np.mean(scores)), "cpu_seconds": seconds, "config": config}
+    content |= {"data_sha256": dataset.sha256, "source": dataset.source}
+    result.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def run_ours(args: Args, seed: int, folder: Path) -> dict:
+    """`python iql.py` as a user types it; its learning curve and final score."""
+    done = list(folder.glob("*/result.json"))
+    if not done:
+        command = [sys.executable, "iql.py", "--env-id", args.env_id, "--iterations", str(args.updates)]
+        command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES), "--seed", str(seed)]
+        command += ["--final-episodes", str(FINAL_EPISODES), "--no-cuda", "--num-threads", "1", "--runs-dir", folder]
+        with open(folder / "log.txt", "w") as log:
+            subprocess.run([str(x) for x in command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+        done = list(folder.glob("*/result.json"))
+    result = json.loads(done[0].read_text())
+    with open(done[0].parent / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    step = "iteration" if "iteration" in rows[0] else "update"
+    curve = [(int(float(row[step])), float(row["eval/score"])) for row in rows]
+    return {"curve": curve, "final": result["score"], "data_sha256": result["dataset"]["sha256"]}
+
+
+def run_one(args: Args, who: str, seed: int) -> dict:
+    """One run of either implementation, unless it has been run."""
+    folder = ROOT / args.runs_dir / f"{args.env_id}_{args.updates}" / f"{who}_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if who == "ours":
+        result = run_ours(args, seed, folder)
+    else:
+        path = folder / "result.json"
+        if not path.exists():
+            command = [sys.executable, __file__, "--corl", str(args.corl.resolve()), "--env-id", args.env_id]
+            command += ["--updates", str(args.updates), "--only", f"{seed} {path}"]
+            with open(folder / "log.txt", "w") as log:
+                subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+        result = json.loads(path.read_text())
+    print(f"{time.strftime('%H:%M:%S')} {args.env_id}, {who}, seed {seed}: {result['final']:.1f}", flush=True)
+    return result
+
+
+def interval(x: np.ndarray) -> float:
+    """Half-width of Student's 95% interval of the mean of (n,) values."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(x), 2.571)
+    return float(quantile * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")
+
+
+def figure(results: Path, path: Path) -> None:
+    """Learning curves: mean over seeds (thick) and every seed, one panel for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    files = sorted(results.glob("iql_beside_corl_*.csv"))
+    fig, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4), squeeze=False)
+    for ax, file in zip(axes[0], files, strict=True):
+        with open(file) as stream:
+            rows = list(csv.DictReader(stream))
+        for who, colour in (("ours", "tab:blue"), ("CORL", "tab:orange")):
+            curves = {}
+            for row in rows:
+                if row["who"] == who and row["update"] != "final":
+                    curves.setdefault(row["seed"], []).append((int(row["update"]), float(row["score"])))
+            for curve in curves.values():
+                ax.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, lw=1)
+            stack = np.array(list(curves.values()))  # (seeds, evaluations, 2)
+            ax.plot(stack[0, :, 0], stack[:, :, 1].mean(0), color=colour, lw=2, label=f"{who}, {len(curves)} seeds")
+        ax.set(title=file.stem.removeprefix("iql_beside_corl_") + " (regenerated)", xlabel="updates", ylabel="score")
+        ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.only:
+        seed, path = args.only.split(" ", 1)
+        return run_corl(args, int(seed), Path(path))
+    if not (args.corl / "algorithms/offline/iql.py").exists():
+        sys.exit(f"error: {args.corl} is no checkout of CORL: it has no algorithms/offline/iql.py")
+    plan = [(who, seed) for seed in args.seeds for who in ("CORL", "ours")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(zip(plan, pool.map(lambda cell: run_one(args, *cell), plan), strict=True))
+    assert len({result["data_sha256"] for result in found.values()}) == 1, "the runs saw different data"
+    results = ROOT / "docs" / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    stem = results / f"iql_beside_corl_{args.env_id}"
+    with open(stem.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("who", "seed", "update", "score"))
+        for (who, seed), result in found.items():
+            writer.writerows((who, seed, update, f"{score:.2f}") for update, score in result["curve"])
+            writer.writerow((who, seed, "final", f"{result['final']:.2f}"))
+    head = "final score (100 episodes), mean ± 95% interval over seeds | every seed | mean of the last 5 evaluations"
+    lines = [f"| | {head} |"]
+    lines.append("|---|---|---|---|")
+    for who in ("ours", "CORL"):
+        finals = np.array([found[who, seed]["final"] for seed in args.seeds])
+        late = np.array([np.mean([score for _, score in found[who, seed]["curve"][-5:]]) for seed in args.seeds])
+        cells = [f"{x.mean():.1f} ± {interval(x):.1f}" for x in (finals, late)]
+        lines.append(f"| {who} | {cells[0]} | {', '.join(f'{x:.1f}' for x in finals)} | {cells[1]} |")
+    behaviour = iql.episode_returns(iql.load_dataset(args.env_id, None, ())).mean()
+    lines.append(f"| behaviour | {iql.normalised_score(behaviour, args.env_id.split('-')[0]):.1f} | | |")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    figure(results, ROOT / "docs" / "figures" / "iql_beside_corl.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
