@@ -19,24 +19,30 @@ Run it:
     python iql.py --resume runs/<run folder>                # goes on where a run stopped
 """
 
+import contextlib
 import csv
 import difflib
 import functools
 import hashlib
 import http.client
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
+import signal
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -211,7 +217,9 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are made in"""
     resume: str | None = None
-    """a run folder to go on with; its own arguments are used, all others are ignored"""
+    """a run folder to go on with, with its own arguments; another flag that contradicts them is refused"""
+    checkpoint_minutes: float = 5.0
+    """minutes between checkpoints, which evaluations, Ctrl-C and SIGTERM also write (0: every step)"""
 
     # --- Data and environment ---
     env_id: str = "liquidation"
@@ -272,7 +280,7 @@ class UserError(Exception):
     """Something the user can put right, on one line: what is wrong, then the remedy (main: exit code 2)."""
 
     def __init__(self, message: str):
-        super().__init__(message.replace("\n", " "))
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 def require(condition: bool, message: str) -> None:
@@ -649,6 +657,13 @@ def reward_transform(kind: str, dataset: Dataset) -> tuple[float, float]:
 # --- Learner ---
 
 
+DIVERGENCE = {  # likely causes, by the first part of a metric's name
+    "value": "V diverges: lower --critic-lr, or look for extreme values in the data",
+    "critic": "the critic diverges: lower --critic-lr, or look for extreme values in the data",
+    "policy": "the policy diverges: lower --actor-lr or --beta",
+}
+
+
 class IQL(nn.Module):
     """Networks, optimisers and transitions; data["rewards"] are transformed already.
 
@@ -724,6 +739,11 @@ class IQL(nn.Module):
                 advantage.mean(), weights.mean(), (weights >= args.weight_clip).float().mean(),
             ])  # fmt: skip
 
+    def metric_bounds(self, horizon: int) -> dict[str, float]:
+        """What the rewards of the data allow V and Q to be, at most, in episodes of up to `horizon` steps."""
+        steps = 1 / (1 - self.args.gamma) if self.args.gamma < 1 else horizon
+        return dict.fromkeys(("value/v", "critic/q_data"), self.data["rewards"].abs().max().item() * steps)
+
     @torch.no_grad()
     def advantages(self, num_rows: int = 5000) -> np.ndarray:
         """Q̄(s, a) − V(s) of random rows, (n,)."""
@@ -733,23 +753,41 @@ class IQL(nn.Module):
 
 
 class Collector:
-    """Steps in the environment with the exploring policy; every transition goes into the learner's data."""
+    """Steps in the environment with the exploring policy; every transition goes into the learner's data.
+
+    An environment's state cannot be saved, but its seed and the `actions` so far can, and repeating them leads there.
+    """
 
     def __init__(self, env: gym.Env, learner: IQL, transform: tuple[float, float], seed: int):
         self.env, self.learner, self.transform = env, learner, transform
         self.obs = env.reset(seed=seed)[0]
         self.episode_return, self.returns = 0.0, []  # of the episode under way, of the finished ones
+        self.actions = []
 
-    def step(self) -> None:
-        action = self.learner.actor.explore(self.obs[None])[0]
-        next_obs, reward, terminated, truncated, _ = self.env.step(action)
-        scale, shift = self.transform
-        # A time limit is no terminal: V(s') follows
-        self.learner.add(self.obs, action, scale * float(reward) + shift, next_obs, terminated)
-        self.obs, self.episode_return = next_obs, self.episode_return + float(reward)
+    def repeat(self, actions: torch.Tensor) -> None:
+        """Take the steps (n, act_dim) of an earlier process again, without learning. Raises UserError."""
+        for action in actions.numpy():
+            self.play(action)
+        last = self.learner.data["next_observations"][self.learner.size - 1].cpu().numpy()
+        same = not len(actions) or np.array_equal(np.float32(self.next_obs), last)
+        require(same, "the environment does not repeat itself with the same seed and actions: start anew")
+
+    def play(self, action: np.ndarray) -> tuple[np.ndarray, float, bool]:
+        """One step, and a new episode after the last: next observation, reward, whether the task ended."""
+        self.actions.append(action)
+        self.next_obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.obs, self.episode_return = self.next_obs, self.episode_return + float(reward)
         if terminated or truncated:
             self.returns.append(self.episode_return)
             self.obs, self.episode_return = self.env.reset()[0], 0.0
+        return self.next_obs, float(reward), terminated
+
+    def step(self) -> None:
+        obs, action = self.obs, self.learner.actor.explore(self.obs[None])[0]
+        next_obs, reward, terminated = self.play(action)
+        scale, shift = self.transform
+        # A time limit is no terminal: V(s') follows
+        self.learner.add(obs, action, scale * reward + shift, next_obs, terminated)
 
     def finish(self) -> list[float]:
         """Give the environment up, and with it an episode under way: the returns of the finished ones."""
@@ -758,42 +796,88 @@ class Collector:
 
 
 # --- Run folder: identical in every script of this project (tests/test_shared_blocks.py) ---
+SCRIPT = Path(__file__).read_bytes()  # as it was imported: a run folder keeps it, a checkpoint knows its hash
+MAY_CHANGE = ("track", "wandb_project", "capture_video", "checkpoint_minutes")  # what --resume heeds of other flags
+
+
+def command_line(args_class: type, description: str) -> Any:
+    """The command line as an `args_class`. Raises UserError: also for a flag that contradicts the run of --resume."""
+
+    def parse(**options) -> Any:
+        text = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(text):
+                return tyro.cli(args_class, description=description, **options)
+        except SystemExit as error:
+            lines = [line.strip("╭╮╰╯│─ ") for line in text.getvalue().splitlines()[1:]]
+            require(not error.code, ": ".join(filter(None, lines)))  # 0: --help, which is printed by now
+            raise
+
+    args = parse()
+    if args.resume:
+        saved = checkpoint_args(args_class, load_checkpoint(Path(args.resume)))
+        given = vars(parse(default=saved))  # a flag that was not typed has the run's own value
+        for name, value in vars(saved).items():
+            same = given[name] == value or name in (*MAY_CHANGE, "resume")
+            flag, own = "--" + name.replace("_", "-"), f"{args.resume} has {value}"
+            require(same, f"{flag} {given[name]}: {own}: leave {flag} out to go on, or --resume to start anew")
+    return args
 
 
 def make_run_dir(args: Any) -> Path:
-    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json in it. Raises UserError."""
-    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json and this script in it. Raises UserError."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
     run_dir, number = Path(args.runs_dir) / name, 2
     try:
         while run_dir.exists():  # another run started in this second
             run_dir, number = run_dir.with_name(f"{name}-{number}"), number + 1
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        (run_dir / Path(__file__).name).write_bytes(SCRIPT)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
     return run_dir
 
 
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file, flush, rename: `path` is always a whole file. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, which becomes `path` when the block has ended well: `path` is always a whole file."""
+    part = path.with_stem(path.stem + ".part")
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save and the file's SHA-256 after it, flushed to the disk, then renamed. Raises UserError."""
+    try:
+        with replacing(path) as part, open(part, "w+b") as file:
+            torch.save(content, file)  # its zip format has no checksum that torch.load would check
+            file.seek(0)
+            file.write(b"sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}: free space or choose another --runs-dir") from error
 
 
 def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
-    """Read what save_atomically wrote; nothing in it is executed. Raises UserError unless it is of that kind."""
+    """Read what save_atomically wrote; nothing in it is executed. Raises UserError unless it is whole and of that kind.
+
+    A file without a checksum is read too: one that a user made with torch.save.
+    """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        data = Path(path).read_bytes()
+        data, mark, digest = data[:-71], data[-71:-64], data[-64:]
+        altered = mark == b"sha256:" and hashlib.sha256(data).hexdigest().encode() != digest
+        require(not altered, f"{path} was altered or damaged (wrong SHA-256): use one that a run saved")
+        content = torch.load(io.BytesIO(data + mark + digest), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {kind} file") from None
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises many types on broken files
         reason = f"{type(error).__name__}: {error}"[:160]
         raise UserError(f"{path} is not a readable {kind} file ({reason}): use one that a run saved") from None
@@ -802,27 +886,187 @@ def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
     return content
 
 
+@contextlib.contextmanager
+def restoring(path: Path | str) -> Iterator[None]:
+    """Whatever goes wrong while a readable file is put to use is the file's fault. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a key, a type, a shape
+        reason = f"{type(error).__name__}: {error}"[:160]
+        raise UserError(f"{path} does not fit this run ({reason}): use one that a run saved") from error
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """RUN_DIR/checkpoint.pt, refused if another version of this script wrote it. Raises UserError."""
+    path, name = run_dir / "checkpoint.pt", Path(__file__).name
+    saved = load_tensors(path, f"{Path(name).stem} checkpoint")
+    ours, theirs = hashlib.sha256(SCRIPT).hexdigest()[:12], str(saved.get("script_sha256"))[:12]
+    remedy = f"PYTHONPATH={shlex.quote(str(Path(__file__).parent))} python {shlex.quote(str(run_dir / name))}"
+    remedy = f"go on with the version that it kept: {remedy} --resume {shlex.quote(str(run_dir))}"
+    require(ours == theirs, f"{path} is of {name} with SHA-256 {theirs}, this is {ours}: {remedy}")
+    return saved
+
+
+def checkpoint_args(args_class: type, saved: dict) -> Any:
+    """The arguments in a checkpoint, their types checked. Raises UserError."""
+
+    def fits(value: Any, hint: Any) -> bool:
+        if get_origin(hint) is Literal:
+            return value in get_args(hint)
+        if get_origin(hint) is tuple:
+            return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        if get_args(hint):  # a union
+            return any(fits(value, choice) for choice in get_args(hint))
+        return type(value) is hint
+
+    with restoring("the checkpoint"):
+        args = args_class(**saved["args"])
+        bad = [name for name, hint in get_type_hints(args_class).items() if not fits(getattr(args, name), hint)]
+        require(not bad, f"the checkpoint has bad arguments ({', '.join(bad)}): use one that a run saved")
+    return args
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a run depend on beside script, arguments and data."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    return {
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
+        "platform": platform.platform(), "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
+    }  # fmt: skip
+
+
+class Checkpoint:
+    """RUN_DIR/checkpoint.pt: what it knows of its run, when it is written, and how a run ends before its time.
+
+    Inside `with`, Ctrl-C and SIGTERM are noted and make `due()` true: the script saves at its next step, and the run
+    ends there with the command to go on with, exit code 130 or 143. A second one ends it at once; the checkpoint
+    before stays.
+    """
+
+    def __init__(self, run_dir: Path, identity: dict, minutes: float, seconds: float = 0.0):
+        self.run_dir, self.identity, self.minutes = run_dir, identity, minutes
+        self.signal, self.at_once, self.handlers = None, False, {}
+        self.saved = time.monotonic()
+        self.started = self.saved - seconds  # of the whole run, what came before --resume included
+
+    def check(self, saved: dict) -> None:
+        """Refuse what was saved with other data or another environment; name what else differs. Raises UserError."""
+        remedies = dict(environment="install what it ran in", data_sha256="restore the data, or start anew")
+        for key, remedy in remedies.items():
+            ours, theirs, what = self.identity[key], saved.get(key), key.removesuffix("_sha256")
+            what = f"{self.run_dir} was trained on other {what} ({str(theirs)[:60]}) than there is now ({ours[:60]})"
+            require(ours == theirs, f"{what}: {remedy}")
+        for key, ours in self.identity["machine"].items():
+            theirs = saved.get("machine", {}).get(key)
+            if ours != theirs and key != "platform":
+                print(f"note: {key} was {theirs}, is {ours}: numbers may differ from an uninterrupted run's")
+
+    def __enter__(self) -> "Checkpoint":
+        if threading.current_thread() is threading.main_thread():  # no other may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in a background job
+                    self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        first, self.signal = self.signal is None, number
+        if self.at_once or not first:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping at the next step (the same again: at once)\n")  # print is not safe in here
+
+    def due(self) -> bool:
+        """After a signal, or `minutes` after the last checkpoint; costs nothing worth mentioning."""
+        return self.signal is not None or time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, **content) -> None:
+        """Replace the last checkpoint; then, after a signal, end the run. Raises UserError, KeyboardInterrupt."""
+        content = self.identity | content | {"seconds": time.monotonic() - self.started}
+        save_atomically(content, self.run_dir / "checkpoint.pt")
+        self.saved = time.monotonic()
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """Nothing is left to save: from here on a signal ends the run at once."""
+        self.at_once = True
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            command = f"python {Path(__file__).name} --resume {shlex.quote(str(self.run_dir))}"
+            exists = (self.run_dir / "checkpoint.pt").exists()
+            message = f"go on with {command}" if exists else "no checkpoint yet, run the same command again"
+            print(f"\ninterrupted: {message}", file=sys.stderr)
+            raise SystemExit(128 + (self.signal or signal.SIGINT)) from None
+
+
+class Guard:
+    """Stops a run whose numbers run away, without waiting for the device at every step: it looks at 100 at a time.
+
+    names: the entries of a row, in the order in which they are computed, so that the first bad one is the cause.
+    causes: what to tell the user, by the first part of a name ("critic" of "critic/loss"). bounds: what an entry
+    can be at most; it runs away when it is 100 times that, and 100 times what it was at first.
+    """
+
+    def __init__(self, what: str, names: Sequence[str], causes: dict[str, str], bounds: dict[str, float]):
+        self.what, self.names, self.causes = what, list(names), causes
+        self.bounds = torch.tensor([100 * bounds.get(name, math.inf) for name in names])
+        self.steps, self.rows, self.first = [], [], True
+
+    def add(self, step: int, row: torch.Tensor) -> None:
+        """row: (names,), which nobody writes to later. Raises UserError, at the latest 100 steps later."""
+        self.steps.append(step)
+        self.rows.append(row)
+        if len(self.rows) == 100:
+            self.check()
+
+    def check(self) -> None:
+        """Look at the rows that were added since the last time. Raises UserError."""
+        if not self.rows:
+            return
+        rows, steps = torch.stack(self.rows).abs().cpu(), self.steps
+        self.steps, self.rows = [], []
+        if self.first:  # before anything was learnt
+            self.bounds, self.first = torch.maximum(self.bounds, 100 * rows[0].nan_to_num(0, 0)), False
+        bad = ~(rows.isfinite() & (rows <= self.bounds))
+        if bad.any():
+            i = int(bad.any(1).nonzero()[0])
+            names = [name for name, is_bad in zip(self.names, bad[i].tolist(), strict=True) if is_bad]
+            how = "exploding" if rows[i][bad[i]].isfinite().all() else "not finite"
+            cause = self.causes[names[0].split("/")[0]]
+            raise UserError(f"{self.what} {steps[i]}: {', '.join(names)} {how}: {cause}")
+
+
 class RunLog:
     """metrics.csv and TensorBoard in one; `rows` is the whole history, part of the checkpoint."""
 
     def __init__(self, run_dir: Path, rows: list[dict]):
-        self.run_dir, self.rows = run_dir, rows
-        self.writer = SummaryWriter(str(run_dir), purge_step=rows[-1]["iteration"] + 1 if rows else None)
-        self.write_csv(rows, "w")
+        self.path, self.rows = run_dir / "metrics.csv", rows
+        # TensorBoard forgets what an earlier process logged after the checkpoint
+        self.writer = SummaryWriter(str(run_dir), purge_step=rows[-1]["iteration"] + 1 if rows else 0)
+        self.write_csv()
 
-    def write_csv(self, rows: list[dict], mode: str) -> None:
-        with open(self.run_dir / "metrics.csv", mode, newline="") as file:
+    def write_csv(self) -> None:
+        with replacing(self.path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0] if self.rows else [])
-            if mode == "w" and self.rows:
+            if self.rows:
                 writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def append(self, row: dict) -> None:
-        """A row has the key "iteration" and the same keys every time."""
+        """A row has the key "iteration" and the same keys every time. It is in both files when this returns."""
         self.rows.append(row)
-        self.write_csv([row], "a" if len(self.rows) > 1 else "w")
+        self.write_csv()
         for key, value in row.items():
             self.writer.add_scalar(key, value, row["iteration"])
+        self.writer.flush()
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -1086,7 +1330,7 @@ def resolve(args: Args) -> tuple[Args, str]:
     table = DOMAINS[domain] | (QUICK if args.quick and domain != "liquidation" else {})
     args = Args(**{name: table.get(name) if value is None else value for name, value in vars(args).items()})
 
-    may_be_zero = ("num_threads", "beta", "dropout", "online_steps")
+    may_be_zero = ("num_threads", "beta", "dropout", "online_steps", "checkpoint_minutes")
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             low = "0 or more" if name in may_be_zero else "greater than 0"
@@ -1178,12 +1422,13 @@ def print_result(result: dict, run_dir: Path) -> None:
 
 def run(args: Args) -> Path:
     """Train and evaluate; returns the run folder."""
-    started = time.time()
-    resumed = None
+    resumed, run_dir = None, Path(args.resume or "")
     if args.resume:
-        run_dir = Path(args.resume)
-        resumed = load_tensors(run_dir / "checkpoint.pt", "iql checkpoint")
-        args = Args(**resumed["args"] | {"resume": args.resume})
+        resumed, given = load_checkpoint(run_dir), args
+        args = checkpoint_args(Args, resumed)
+        for name in MAY_CHANGE:
+            if getattr(given, name) != getattr(Args, name):
+                setattr(args, name, getattr(given, name))
     args, domain = resolve(args)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -1205,6 +1450,7 @@ def run(args: Args) -> Path:
     env = make_env()
     check_spaces(dataset, env)
     horizon = 20 if domain == "liquidation" else env.spec.max_episode_steps or 1000
+    environment = env.spec.id
     env.close()
     fits = not args.online_steps or args.eval_every >= horizon
     what = f"an online episode of up to {horizon} steps would never end before an evaluation restarts it"
@@ -1222,13 +1468,15 @@ def run(args: Args) -> Path:
     print(f"reward    learnt from: {transform[0]:.4g} · r + {transform[1]:g}")
 
     # Run folder
-    if resumed:
-        same = resumed["data_sha256"] == dataset.sha256
-        require(
-            same, f"{run_dir} was trained on other data than {dataset.name} is now: restore the data, or start anew"
-        )
-    else:
-        run_dir = make_run_dir(args)
+    run_dir = run_dir if resumed else make_run_dir(args)
+    identity = {
+        "kind": "iql checkpoint", "script_sha256": hashlib.sha256(SCRIPT).hexdigest(), "args": vars(args),
+        "data_sha256": dataset.sha256, "environment": environment, "machine": machine(device),
+    }  # fmt: skip
+    with restoring(run_dir / "checkpoint.pt"):
+        checkpoint = Checkpoint(run_dir, identity, args.checkpoint_minutes, resumed["seconds"] if resumed else 0.0)
+        if resumed:
+            checkpoint.check(resumed)
     if args.track:
         try:
             import wandb
@@ -1237,111 +1485,118 @@ def run(args: Args) -> Path:
         wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), sync_tensorboard=True)
     print(f"run folder: {run_dir}")
 
-    try:
+    with checkpoint:
+        if not resumed:
+            checkpoint.save(phase="start")
         torch.manual_seed(args.seed)
         learner = IQL(args, data, room=args.online_steps)
         offline = None  # the final evaluation of the offline phase
-        if resumed:
-            learner.load_state_dict(resumed["learner"])
-            learner.value_optimizer.load_state_dict(resumed["value_optimizer"])
-            learner.actor_critic_optimizer.load_state_dict(resumed["actor_critic_optimizer"])
-            learner.size += len(resumed["online"]["rewards"])
-            for key, values in resumed["online"].items():
-                learner.data[key][len(dataset.rewards) : learner.size] = values
-            offline = resumed["offline"]
-            set_rng_state(resumed["rng"])
-        log = RunLog(run_dir, resumed["rows"] if resumed else [])
+        sums, done, log, collector = torch.zeros(len(IQL.METRICS), device=device), 0, None, None
+        if resumed and resumed["phase"] == "training":
+            with restoring(run_dir / "checkpoint.pt"):
+                learner.load_state_dict(resumed["learner"])
+                learner.value_optimizer.load_state_dict(resumed["value_optimizer"])
+                learner.actor_critic_optimizer.load_state_dict(resumed["actor_critic_optimizer"])
+                learner.size += len(resumed["online"]["rewards"])
+                for key, values in resumed["online"].items():
+                    learner.data[key][len(dataset.rewards) : learner.size] = values
+                offline, done, sums = resumed["offline"], resumed["iteration"], resumed["sums"].to(device)
+                if resumed["actions"] is not None:  # the environment is where it was
+                    collector = Collector(make_env(), learner, transform, resumed["env_seed"])
+                    collector.repeat(resumed["actions"])
+                set_rng_state(resumed["rng"])
+                log = RunLog(run_dir, resumed["rows"])
+        log = log or RunLog(run_dir, [])
 
         # Offline updates, then online steps with one update each
         total, last = args.iterations + args.online_steps, log.rows[-1]["iteration"] if log.rows else 0
-        progress = bar(total=total, initial=last, desc="training")
-        sums, collector = torch.zeros(len(IQL.METRICS), device=device), None
-        for iteration in range(last + 1, total + 1):
+        env_seed = args.seed + 30_000 + last + 1
+        guard = Guard("iteration", IQL.METRICS, DIVERGENCE, learner.metric_bounds(horizon))
+        progress = bar(total=total, initial=done, desc="training")
+        for iteration in range(done + 1, total + 1):
             if iteration > args.iterations:
-                # A new environment after every checkpoint: its state cannot be saved, so a resumed run starts there
-                seed = args.seed + 30_000 + iteration
-                collector = collector or Collector(make_env(), learner, transform, seed)
+                # A new environment after every evaluation: to get back into it only the steps since are repeated
+                collector = collector or Collector(make_env(), learner, transform, env_seed)
                 collector.step()
             if not args.online_steps:
                 share = cosine(iteration, args.iterations)
                 learner.actor_critic_optimizer.param_groups[0]["lr"] = args.actor_lr * share
-            sums += learner.update()
+            row = learner.update()
+            sums += row
+            guard.add(iteration, row)
             progress.update()
-            if iteration % args.eval_every and iteration not in (args.iterations, total):
+            evaluating = iteration % args.eval_every == 0 or iteration in (args.iterations, total)
+            if not evaluating and not checkpoint.due():
                 continue
-            # Evaluation and checkpoint
-            means = dict(zip(IQL.METRICS, (sums / (iteration - last)).tolist(), strict=True))
-            bad = [key for key, value in means.items() if not math.isfinite(value)]
-            bad += [] if all(x.isfinite().all() for x in learner.parameters()) else ["a parameter"]
-            require(not bad, f"iteration {iteration}: {', '.join(bad)} not finite: lower --critic-lr or --beta")
-            played = play(learner.actor.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
-            row = {"iteration": iteration} | means
-            row |= {
-                "eval/return": played["returns"].mean(),
-                "eval/score": normalised_score(played["returns"], domain).mean(),
-                "eval/discounted_return": played["discounted"].mean(),
-            }
-            if args.online_steps:
-                returns = collector.finish() if collector else []
-                row |= {"online/steps": max(0, iteration - args.iterations), "online/episodes": len(returns)}
-                row |= {"online/return": np.mean(returns) if returns else math.nan}
-                if iteration == args.iterations:
-                    final = play(learner.actor.act, episodes=args.final_episodes, seed=args.seed + 20_000)
-                    offline = {key: float(value) for key, value in score_summary(final["returns"], domain).items()}
-            log.append({key: value if key == "iteration" else float(value) for key, value in row.items()})
-            progress.set_postfix(score=f"{row['eval/score']:.1f}")
-            sums, collector, last = torch.zeros_like(sums), None, iteration
+            # A checkpoint; before it, once all numbers are known to be good, an evaluation
+            guard.check()
+            good = all(x.isfinite().all() for x in learner.parameters())
+            require(good, f"iteration {iteration}: network weights not finite: {DIVERGENCE['critic']}")
+            if evaluating:
+                means = dict(zip(IQL.METRICS, (sums / (iteration - last)).tolist(), strict=True))
+                played = play(learner.actor.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
+                row = {"iteration": iteration} | means
+                row |= {
+                    "eval/return": played["returns"].mean(),
+                    "eval/score": normalised_score(played["returns"], domain).mean(),
+                    "eval/discounted_return": played["discounted"].mean(),
+                }
+                if args.online_steps:
+                    returns = collector.finish() if collector else []
+                    row |= {"online/steps": max(0, iteration - args.iterations), "online/episodes": len(returns)}
+                    row |= {"online/return": np.mean(returns) if returns else math.nan}
+                    if iteration == args.iterations:
+                        final = play(learner.actor.act, episodes=args.final_episodes, seed=args.seed + 20_000)
+                        offline = {key: float(value) for key, value in score_summary(final["returns"], domain).items()}
+                log.append({key: value if key == "iteration" else float(value) for key, value in row.items()})
+                progress.set_postfix(score=f"{row['eval/score']:.1f}")
+                sums, collector, last = torch.zeros_like(sums), None, iteration
+                env_seed = args.seed + 30_000 + last + 1
             online = slice(len(dataset.rewards), learner.size)
-            save_atomically(
-                {
-                    "kind": "iql checkpoint", "args": vars(args), "learner": learner.state_dict(), "rows": log.rows,
-                    "value_optimizer": learner.value_optimizer.state_dict(), "rng": rng_state(), "offline": offline,
-                    "actor_critic_optimizer": learner.actor_critic_optimizer.state_dict(),
-                    "online": {key: column[online].cpu().clone() for key, column in learner.data.items()},
-                    "data_sha256": dataset.sha256,
-                },
-                run_dir / "checkpoint.pt",
+            checkpoint.save(
+                phase="training", iteration=iteration, learner=learner.state_dict(), sums=sums, rows=log.rows,
+                value_optimizer=learner.value_optimizer.state_dict(), rng=rng_state(), offline=offline,
+                actor_critic_optimizer=learner.actor_critic_optimizer.state_dict(), env_seed=env_seed,
+                online={key: column[online].cpu().clone() for key, column in learner.data.items()},
+                actions=torch.as_tensor(np.array(collector.actions)) if collector else None,
             )  # fmt: skip
         progress.close()
-    except KeyboardInterrupt:
-        if (run_dir / "checkpoint.pt").exists():
-            print(f"\ninterrupted: go on with python iql.py --resume {run_dir}", file=sys.stderr)
-        else:
-            print("\ninterrupted before the first checkpoint: run the same command again", file=sys.stderr)
-        raise SystemExit(130) from None
+        checkpoint.finish()
 
-    # Final result
-    returns = play(learner.actor.act, episodes=args.final_episodes, seed=args.seed + 20_000)["returns"]
-    behaviour = episode_returns(dataset)
-    result = {
-        "env_id": args.env_id, "domain": domain, "quick": args.quick, **score_summary(returns, domain),
-        "offline": offline, "behaviour_data_return": behaviour.mean(),
-        "behaviour_data_score": normalised_score(behaviour, domain).mean(),
-        "paper_score": PAPER_SCORES.get(args.env_id), "optimum_score": None,
-        "reward_scale": transform[0], "reward_shift": transform[1],
-        "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
-        "last": log.rows[-1], "args": vars(args), "seconds": time.time() - started,
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform(),
-                    "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")},
-    }  # fmt: skip
-    if domain == "liquidation":
-        result |= compare_with_optimum(args, returns, play)
-    save_atomically(actor_file(learner.actor, args, domain, dataset), run_dir / "actor.pt")
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
-    starts, data_returns = starts_and_returns(dataset, transform, args.gamma)
-    with torch.no_grad():
-        value = learner.value(torch.as_tensor(starts, device=device)).cpu().numpy()
-    plot(result, log.rows, learner.advantages(), value, data_returns, learner.actor.act, run_dir / "figure.png")
-    if args.capture_video:
-        save_gif(learner.actor.act, make_env, args.seed, run_dir / "episode.gif")
+        # Final result
+        returns = play(learner.actor.act, episodes=args.final_episodes, seed=args.seed + 20_000)["returns"]
+        behaviour = episode_returns(dataset)
+        result = {
+            "env_id": args.env_id, "domain": domain, "quick": args.quick, **score_summary(returns, domain),
+            "offline": offline, "behaviour_data_return": behaviour.mean(),
+            "behaviour_data_score": normalised_score(behaviour, domain).mean(),
+            "paper_score": PAPER_SCORES.get(args.env_id), "optimum_score": None,
+            "reward_scale": transform[0], "reward_shift": transform[1],
+            "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
+            "last": log.rows[-1], "args": vars(args), "seconds": time.monotonic() - checkpoint.started,
+            "script_sha256": identity["script_sha256"], "environment": environment, "machine": identity["machine"],
+            "versions": identity["machine"]["versions"],
+        }  # fmt: skip
+        if domain == "liquidation":
+            result |= compare_with_optimum(args, returns, play)
+        save_atomically(actor_file(learner.actor, args, domain, dataset), run_dir / "actor.pt")
+        starts, data_returns = starts_and_returns(dataset, transform, args.gamma)
+        with torch.no_grad():
+            value = learner.value(torch.as_tensor(starts, device=device)).cpu().numpy()
+        with replacing(run_dir / "figure.png") as part:
+            plot(result, log.rows, learner.advantages(), value, data_returns, learner.actor.act, part)
+        if args.capture_video:
+            with replacing(run_dir / "episode.gif") as part:
+                save_gif(learner.actor.act, make_env, args.seed, part)
+        with replacing(run_dir / "result.json") as part:  # the last one: a folder that has it is complete
+            part.write_text(json.dumps(result, indent=2, default=float) + "\n")
     print_result(result, run_dir)
     return run_dir
 
 
 def main() -> None:
     try:
-        run(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        run(command_line(Args, __doc__.split("\n\n")[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

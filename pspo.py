@@ -21,26 +21,31 @@ Run it:
     python pspo.py --resume runs/<run folder>               # goes on where a run stopped
 """
 
+import contextlib
 import csv
-import dataclasses
 import difflib
 import functools
 import hashlib
 import http.client
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
+import signal
 import sys
+import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -156,7 +161,9 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are made in"""
     resume: str | None = None
-    """a run folder to go on with; its own arguments are used, all others are ignored"""
+    """a run folder to go on with, with its own arguments; another flag that contradicts them is refused"""
+    checkpoint_minutes: float = 5.0
+    """minutes between checkpoints, which evaluations, Ctrl-C and SIGTERM also write (0: every step)"""
 
     # --- Data and environment ---
     env_id: str = "liquidation"
@@ -267,7 +274,7 @@ class UserError(Exception):
     """Something the user can put right, on one line: what is wrong, then the remedy (main: exit code 2)."""
 
     def __init__(self, message: str):
-        super().__init__(message.replace("\n", " "))
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 def require(condition: bool, message: str) -> None:
@@ -641,12 +648,16 @@ def beta_nll(mean, log_std, target, beta: float = 0.5) -> torch.Tensor:
 
 def model_evidence(model_target: torch.Tensor, observed_target: torch.Tensor) -> torch.Tensor:
     """Eq. (3): Δ_τ, the squared error of each model's Bellman target: (N, B), (B,) -> (N,)."""
-    return (model_target - observed_target).square().mean(-1)
+    return (model_target - observed_target).double().square().mean(-1)  # float32's squares end at 1e38
 
 
 def posterior(evidence: torch.Tensor, strength: float) -> torch.Tensor:
-    """Eq. (4): log P(τ) = −λ Δ_τ + constant over the last dimension, P₀ uniform; in log space it cannot underflow."""
-    return F.log_softmax(-strength * (evidence - evidence.amin(-1, keepdim=True)), dim=-1)
+    """Eq. (4): log P(τ) = −λ Δ_τ + constant over the last dimension, P₀ uniform, float32.
+
+    In log space it cannot underflow: a hopeless model has log P = −1e30, not −inf.
+    """
+    excess = (evidence - evidence.amin(-1, keepdim=True)).double()
+    return F.log_softmax((-strength * excess).clamp(min=-1e30), dim=-1).float()
 
 
 def sample_models(log_belief: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -721,10 +732,17 @@ def explained_variance(pool: Dynamics, inputs: torch.Tensor, outputs: torch.Tens
     return 1 - error.var(1) / pool.output_std.square()
 
 
-def train_dynamics(args: Args, data: dict[str, torch.Tensor], bar: Callable) -> tuple[Dynamics, dict]:
+def train_dynamics(
+    args: Args,
+    data: dict[str, torch.Tensor],
+    bar: Callable,
+    checkpoint: "Checkpoint | None" = None,
+    state: dict | None = None,
+) -> tuple[Dynamics, dict]:
     """Maximum likelihood, each member on its own bootstrap; each keeps its epoch with the least held-out error.
 
-    Returns the pool and a report: held-out error per member, explained variance per dimension.
+    Returns the pool and a report: held-out error per member, explained variance per dimension. state: what it saved
+    to `checkpoint`, to go on there; the random generators must be as they were at the first call.
     """
     device = data["observations"].device
     change = data["next_observations"] - data["observations"]
@@ -751,31 +769,54 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], bar: Callable) -> 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.dynamics_epochs * updates_per_epoch)
     best = {k: v.detach().clone() for k, v in pool.net.state_dict().items()}
     best_error = torch.full((args.pool_size,), math.inf, device=device)
-    stale_epochs = 0
-    progress = bar(total=args.dynamics_epochs * updates_per_epoch, desc="dynamics")
-    for _ in range(args.dynamics_epochs):
-        for _ in range(updates_per_epoch):
-            columns = torch.randint(bootstrap.shape[1], (args.pool_size, args.dynamics_batch), device=device)
-            rows = train_rows[bootstrap.gather(1, columns).long()]  # (pool, batch)
-            mean, log_std = pool.standardised(inputs[rows])
-            target = (outputs[rows] - pool.output_mean) / pool.output_std
-            loss = beta_nll(mean, log_std, target).mean((1, 2)).sum()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
-        with torch.no_grad():
-            target = (held_out - pool.output_mean) / pool.output_std
-            error = (pool.standardised(held_in)[0] - target).square().mean((1, 2))  # (pool,)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            for key, value in pool.net.state_dict().items():
-                best[key] = torch.where(better[:, None, None], value, best[key])
-        progress.set_postfix(held_out_mse=f"{best_error.mean().item():.4f}")
-        stale_epochs = 0 if better.any() else stale_epochs + 1
-        if 0 < args.dynamics_patience <= stale_epochs:
-            break
+    stale_epochs, done = 0, 0
+    drawn = torch.cat([order[:100], bootstrap[:, -1]])  # the bootstrap is too large for a checkpoint
+    if state:
+        same = torch.equal(drawn.cpu(), state["drawn"].cpu())
+        require(same, "the same seed draws other rows on this device or PyTorch: resume where the run began")
+        with restoring("the checkpoint"):
+            pool.net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            best = {key: value.to(device) for key, value in state["best"].items()}
+            best_error, stale_epochs, done = state["best_error"].to(device), state["stale_epochs"], state["done"]
+            set_rng_state(state["rng"])
+    cause = "the dynamics models diverged: lower --dynamics-lr, or look for extreme values in the data"
+    names = [f"loss of model {i}" for i in range(args.pool_size)]
+    guard = Guard("dynamics update", names, dict.fromkeys(names, cause), dict.fromkeys(names, 1e4))
+    progress = bar(total=args.dynamics_epochs * updates_per_epoch, initial=done, desc="dynamics")
+    for update in range(done + 1, args.dynamics_epochs * updates_per_epoch + 1):
+        columns = torch.randint(bootstrap.shape[1], (args.pool_size, args.dynamics_batch), device=device)
+        rows = train_rows[bootstrap.gather(1, columns).long()]  # (pool, batch)
+        mean, log_std = pool.standardised(inputs[rows])
+        target = (outputs[rows] - pool.output_mean) / pool.output_std
+        losses = beta_nll(mean, log_std, target).mean((1, 2))  # (pool,)
+        guard.add(update, losses.detach())
+        optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        optimizer.step()
+        schedule.step()
+        progress.update()
+        if update % updates_per_epoch == 0:
+            with torch.no_grad():
+                target = (held_out - pool.output_mean) / pool.output_std
+                error = (pool.standardised(held_in)[0] - target).square().mean((1, 2))  # (pool,)
+                better = error < best_error
+                best_error = torch.where(better, error, best_error)
+                for key, value in pool.net.state_dict().items():
+                    best[key] = torch.where(better[:, None, None], value, best[key])
+            progress.set_postfix(held_out_mse=f"{best_error.mean().item():.4f}")
+            stale_epochs = 0 if better.any() else stale_epochs + 1
+            if 0 < args.dynamics_patience <= stale_epochs:
+                break
+        if checkpoint and checkpoint.due():
+            guard.check()
+            checkpoint.save(
+                phase="dynamics", done=update, net=pool.net.state_dict(), optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(), best=best, best_error=best_error, stale_epochs=stale_epochs,
+                drawn=drawn, rng=rng_state(),
+            )  # fmt: skip
+    guard.check()
     progress.close()
     pool.net.load_state_dict(best)
     with torch.no_grad():
@@ -791,6 +832,14 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], bar: Callable) -> 
 
 
 # --- Policy iteration ---
+
+
+DIVERGENCE = {  # likely causes, by the first part of a metric's name
+    "rollout": "the dynamics models' predictions run away: train them longer, or lower --dynamics-lr",
+    "critic": "the critic diverges: lower --critic-lr, or --actor-lr",
+    "policy": "the policy diverges: lower --actor-lr or --critic-lr, or raise --alpha",
+    "posterior": "the models' errors cannot be compared: lower --dynamics-lr",
+}
 
 
 class PSPO(nn.Module):
@@ -817,8 +866,9 @@ class PSPO(nn.Module):
         start = torch.randint(len(obs), (num_model_rows,))
         for name, value in dict(
             members=torch.arange(args.active_models),  # which of the pool are active
-            evidence_sum=torch.ones(args.pool_size),  # running sums of Δ / mean Δ and of their weights; to begin
-            evidence_weight=torch.ones(args.pool_size),  # with, one pseudo-observation of average quality
+            # running sums of Δ / mean Δ and of their weights; to begin with, one pseudo-observation of average quality
+            evidence_sum=torch.ones(args.pool_size, dtype=torch.float64),
+            evidence_weight=torch.ones(args.pool_size, dtype=torch.float64),
             rollout_obs=obs[start.to(obs.device)].clone(),
             rollout_age=torch.randint(args.rollout_horizon, (num_model_rows,)),  # so that not all end at once
             log_alpha=torch.tensor(math.log(args.alpha)),
@@ -838,19 +888,35 @@ class PSPO(nn.Module):
 
     # --- Behaviour policy ---
 
-    def clone_behaviour(self, bar: Callable) -> None:
-        """μ by maximum likelihood on the data set; π and π_i start there."""
+    def clone_behaviour(self, bar: Callable, checkpoint: "Checkpoint | None" = None, state: dict | None = None) -> None:
+        """μ by maximum likelihood on the data set; π and π_i start there. state: as in train_dynamics."""
         args, data = self.args, self.data
         optimizer = torch.optim.Adam(self.behaviour.parameters(), lr=1e-3, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.bc_updates)
-        for _ in bar(range(args.bc_updates), desc="behaviour"):
+        if state:
+            with restoring("the checkpoint"):
+                self.load_state_dict(state["learner"])
+                optimizer.load_state_dict(state["optimizer"])
+                schedule.load_state_dict(state["schedule"])
+                set_rng_state(state["rng"])
+        done = state["done"] if state else 0
+        guard = Guard("behaviour update", ["loss"], {"loss": "look for extreme values in the data"}, {"loss": 1e4})
+        for update in bar(range(done + 1, args.bc_updates + 1), initial=done, total=args.bc_updates, desc="behaviour"):
             rows = torch.randint(len(data["actions"]), (args.batch_size,), device=data["actions"].device)
             u = data["actions"][rows].clamp(-0.999, 0.999).atanh()
             loss = -gaussian_log_prob(u, *self.behaviour(data["observations"][rows])).mean()
+            guard.add(update, loss.detach()[None])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
+            if checkpoint and checkpoint.due():
+                guard.check()
+                checkpoint.save(
+                    phase="behaviour", done=update, learner=self.state_dict(), optimizer=optimizer.state_dict(),
+                    schedule=schedule.state_dict(), rng=rng_state(),
+                )  # fmt: skip
+        guard.check()
         self.behaviour.requires_grad_(False)
         for net in (self.actor, self.previous, self.average):
             net.load_state_dict(self.behaviour.state_dict())
@@ -942,7 +1008,7 @@ class PSPO(nn.Module):
             y = target.kthvalue(args.pessimistic_k, dim=0).values
             successor = sample_models(log_belief, (1, len(obs)))[0]
         else:  # reading B: the model's residual against the critic itself, a posterior of its own for every (s, a)
-            residual = (target - self.target_critic(obs, action).amin(0)).square().T  # (B, N)
+            residual = (target - self.target_critic(obs, action).amin(0)).double().square().T  # (B, N)
             log_belief = posterior(self.scaled(residual), args.likelihood_coef)
             y = (log_belief.exp().T * target).sum(0)
             successor = sample_models(log_belief, (1, len(obs)))[0]
@@ -1025,7 +1091,8 @@ class PSPO(nn.Module):
             self.rollout_obs.copy_(torch.where(restart[:, None], fresh, rollout_next))
             self.rollout_age.mul_(~restart)
             log_belief = self.log_belief()
-        return {
+        return {  # in the order in which they are computed
+            "rollout/state_max": rollout_next.abs().max(), "critic/target_max": target.abs().max(),
             "critic/loss": critic_loss, "critic/q_data": q[:, :num_data_rows].mean(),
             "critic/q_model": q[:, num_data_rows:].mean(), "critic/q_max": q.max(),
             "policy/objective": -actor_loss, "policy/kl_behaviour": kl_behaviour.mean(),
@@ -1037,6 +1104,11 @@ class PSPO(nn.Module):
         }  # fmt: skip
 
     # --- Diagnostics ---
+
+    def metric_bounds(self) -> dict[str, float]:
+        """What the rewards allow the critic to be, at most; targets are clipped to it."""
+        bound = max(map(abs, self.value_bounds))
+        return {f"critic/{name}": bound for name in ("target_max", "q_data", "q_model", "q_max")}
 
     @torch.no_grad()
     def predicted_return(self, obs: torch.Tensor, steps: int) -> torch.Tensor:
@@ -1072,42 +1144,88 @@ class PSPO(nn.Module):
 
 
 # --- Run folder: identical in every script of this project (tests/test_shared_blocks.py) ---
+SCRIPT = Path(__file__).read_bytes()  # as it was imported: a run folder keeps it, a checkpoint knows its hash
+MAY_CHANGE = ("track", "wandb_project", "capture_video", "checkpoint_minutes")  # what --resume heeds of other flags
+
+
+def command_line(args_class: type, description: str) -> Any:
+    """The command line as an `args_class`. Raises UserError: also for a flag that contradicts the run of --resume."""
+
+    def parse(**options) -> Any:
+        text = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(text):
+                return tyro.cli(args_class, description=description, **options)
+        except SystemExit as error:
+            lines = [line.strip("╭╮╰╯│─ ") for line in text.getvalue().splitlines()[1:]]
+            require(not error.code, ": ".join(filter(None, lines)))  # 0: --help, which is printed by now
+            raise
+
+    args = parse()
+    if args.resume:
+        saved = checkpoint_args(args_class, load_checkpoint(Path(args.resume)))
+        given = vars(parse(default=saved))  # a flag that was not typed has the run's own value
+        for name, value in vars(saved).items():
+            same = given[name] == value or name in (*MAY_CHANGE, "resume")
+            flag, own = "--" + name.replace("_", "-"), f"{args.resume} has {value}"
+            require(same, f"{flag} {given[name]}: {own}: leave {flag} out to go on, or --resume to start anew")
+    return args
 
 
 def make_run_dir(args: Any) -> Path:
-    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json in it. Raises UserError."""
-    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json and this script in it. Raises UserError."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
     run_dir, number = Path(args.runs_dir) / name, 2
     try:
         while run_dir.exists():  # another run started in this second
             run_dir, number = run_dir.with_name(f"{name}-{number}"), number + 1
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        (run_dir / Path(__file__).name).write_bytes(SCRIPT)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
     return run_dir
 
 
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file, flush, rename: `path` is always a whole file. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, which becomes `path` when the block has ended well: `path` is always a whole file."""
+    part = path.with_stem(path.stem + ".part")
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save and the file's SHA-256 after it, flushed to the disk, then renamed. Raises UserError."""
+    try:
+        with replacing(path) as part, open(part, "w+b") as file:
+            torch.save(content, file)  # its zip format has no checksum that torch.load would check
+            file.seek(0)
+            file.write(b"sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}: free space or choose another --runs-dir") from error
 
 
 def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
-    """Read what save_atomically wrote; nothing in it is executed. Raises UserError unless it is of that kind."""
+    """Read what save_atomically wrote; nothing in it is executed. Raises UserError unless it is whole and of that kind.
+
+    A file without a checksum is read too: one that a user made with torch.save.
+    """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        data = Path(path).read_bytes()
+        data, mark, digest = data[:-71], data[-71:-64], data[-64:]
+        altered = mark == b"sha256:" and hashlib.sha256(data).hexdigest().encode() != digest
+        require(not altered, f"{path} was altered or damaged (wrong SHA-256): use one that a run saved")
+        content = torch.load(io.BytesIO(data + mark + digest), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {kind} file") from None
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises many types on broken files
         reason = f"{type(error).__name__}: {error}"[:160]
         raise UserError(f"{path} is not a readable {kind} file ({reason}): use one that a run saved") from None
@@ -1116,27 +1234,187 @@ def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
     return content
 
 
+@contextlib.contextmanager
+def restoring(path: Path | str) -> Iterator[None]:
+    """Whatever goes wrong while a readable file is put to use is the file's fault. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a key, a type, a shape
+        reason = f"{type(error).__name__}: {error}"[:160]
+        raise UserError(f"{path} does not fit this run ({reason}): use one that a run saved") from error
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """RUN_DIR/checkpoint.pt, refused if another version of this script wrote it. Raises UserError."""
+    path, name = run_dir / "checkpoint.pt", Path(__file__).name
+    saved = load_tensors(path, f"{Path(name).stem} checkpoint")
+    ours, theirs = hashlib.sha256(SCRIPT).hexdigest()[:12], str(saved.get("script_sha256"))[:12]
+    remedy = f"PYTHONPATH={shlex.quote(str(Path(__file__).parent))} python {shlex.quote(str(run_dir / name))}"
+    remedy = f"go on with the version that it kept: {remedy} --resume {shlex.quote(str(run_dir))}"
+    require(ours == theirs, f"{path} is of {name} with SHA-256 {theirs}, this is {ours}: {remedy}")
+    return saved
+
+
+def checkpoint_args(args_class: type, saved: dict) -> Any:
+    """The arguments in a checkpoint, their types checked. Raises UserError."""
+
+    def fits(value: Any, hint: Any) -> bool:
+        if get_origin(hint) is Literal:
+            return value in get_args(hint)
+        if get_origin(hint) is tuple:
+            return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        if get_args(hint):  # a union
+            return any(fits(value, choice) for choice in get_args(hint))
+        return type(value) is hint
+
+    with restoring("the checkpoint"):
+        args = args_class(**saved["args"])
+        bad = [name for name, hint in get_type_hints(args_class).items() if not fits(getattr(args, name), hint)]
+        require(not bad, f"the checkpoint has bad arguments ({', '.join(bad)}): use one that a run saved")
+    return args
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a run depend on beside script, arguments and data."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    return {
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
+        "platform": platform.platform(), "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
+    }  # fmt: skip
+
+
+class Checkpoint:
+    """RUN_DIR/checkpoint.pt: what it knows of its run, when it is written, and how a run ends before its time.
+
+    Inside `with`, Ctrl-C and SIGTERM are noted and make `due()` true: the script saves at its next step, and the run
+    ends there with the command to go on with, exit code 130 or 143. A second one ends it at once; the checkpoint
+    before stays.
+    """
+
+    def __init__(self, run_dir: Path, identity: dict, minutes: float, seconds: float = 0.0):
+        self.run_dir, self.identity, self.minutes = run_dir, identity, minutes
+        self.signal, self.at_once, self.handlers = None, False, {}
+        self.saved = time.monotonic()
+        self.started = self.saved - seconds  # of the whole run, what came before --resume included
+
+    def check(self, saved: dict) -> None:
+        """Refuse what was saved with other data or another environment; name what else differs. Raises UserError."""
+        remedies = dict(environment="install what it ran in", data_sha256="restore the data, or start anew")
+        for key, remedy in remedies.items():
+            ours, theirs, what = self.identity[key], saved.get(key), key.removesuffix("_sha256")
+            what = f"{self.run_dir} was trained on other {what} ({str(theirs)[:60]}) than there is now ({ours[:60]})"
+            require(ours == theirs, f"{what}: {remedy}")
+        for key, ours in self.identity["machine"].items():
+            theirs = saved.get("machine", {}).get(key)
+            if ours != theirs and key != "platform":
+                print(f"note: {key} was {theirs}, is {ours}: numbers may differ from an uninterrupted run's")
+
+    def __enter__(self) -> "Checkpoint":
+        if threading.current_thread() is threading.main_thread():  # no other may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in a background job
+                    self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        first, self.signal = self.signal is None, number
+        if self.at_once or not first:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping at the next step (the same again: at once)\n")  # print is not safe in here
+
+    def due(self) -> bool:
+        """After a signal, or `minutes` after the last checkpoint; costs nothing worth mentioning."""
+        return self.signal is not None or time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, **content) -> None:
+        """Replace the last checkpoint; then, after a signal, end the run. Raises UserError, KeyboardInterrupt."""
+        content = self.identity | content | {"seconds": time.monotonic() - self.started}
+        save_atomically(content, self.run_dir / "checkpoint.pt")
+        self.saved = time.monotonic()
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """Nothing is left to save: from here on a signal ends the run at once."""
+        self.at_once = True
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            command = f"python {Path(__file__).name} --resume {shlex.quote(str(self.run_dir))}"
+            exists = (self.run_dir / "checkpoint.pt").exists()
+            message = f"go on with {command}" if exists else "no checkpoint yet, run the same command again"
+            print(f"\ninterrupted: {message}", file=sys.stderr)
+            raise SystemExit(128 + (self.signal or signal.SIGINT)) from None
+
+
+class Guard:
+    """Stops a run whose numbers run away, without waiting for the device at every step: it looks at 100 at a time.
+
+    names: the entries of a row, in the order in which they are computed, so that the first bad one is the cause.
+    causes: what to tell the user, by the first part of a name ("critic" of "critic/loss"). bounds: what an entry
+    can be at most; it runs away when it is 100 times that, and 100 times what it was at first.
+    """
+
+    def __init__(self, what: str, names: Sequence[str], causes: dict[str, str], bounds: dict[str, float]):
+        self.what, self.names, self.causes = what, list(names), causes
+        self.bounds = torch.tensor([100 * bounds.get(name, math.inf) for name in names])
+        self.steps, self.rows, self.first = [], [], True
+
+    def add(self, step: int, row: torch.Tensor) -> None:
+        """row: (names,), which nobody writes to later. Raises UserError, at the latest 100 steps later."""
+        self.steps.append(step)
+        self.rows.append(row)
+        if len(self.rows) == 100:
+            self.check()
+
+    def check(self) -> None:
+        """Look at the rows that were added since the last time. Raises UserError."""
+        if not self.rows:
+            return
+        rows, steps = torch.stack(self.rows).abs().cpu(), self.steps
+        self.steps, self.rows = [], []
+        if self.first:  # before anything was learnt
+            self.bounds, self.first = torch.maximum(self.bounds, 100 * rows[0].nan_to_num(0, 0)), False
+        bad = ~(rows.isfinite() & (rows <= self.bounds))
+        if bad.any():
+            i = int(bad.any(1).nonzero()[0])
+            names = [name for name, is_bad in zip(self.names, bad[i].tolist(), strict=True) if is_bad]
+            how = "exploding" if rows[i][bad[i]].isfinite().all() else "not finite"
+            cause = self.causes[names[0].split("/")[0]]
+            raise UserError(f"{self.what} {steps[i]}: {', '.join(names)} {how}: {cause}")
+
+
 class RunLog:
     """metrics.csv and TensorBoard in one; `rows` is the whole history, part of the checkpoint."""
 
     def __init__(self, run_dir: Path, rows: list[dict]):
-        self.run_dir, self.rows = run_dir, rows
-        self.writer = SummaryWriter(str(run_dir), purge_step=rows[-1]["iteration"] + 1 if rows else None)
-        self.write_csv(rows, "w")
+        self.path, self.rows = run_dir / "metrics.csv", rows
+        # TensorBoard forgets what an earlier process logged after the checkpoint
+        self.writer = SummaryWriter(str(run_dir), purge_step=rows[-1]["iteration"] + 1 if rows else 0)
+        self.write_csv()
 
-    def write_csv(self, rows: list[dict], mode: str) -> None:
-        with open(self.run_dir / "metrics.csv", mode, newline="") as file:
+    def write_csv(self) -> None:
+        with replacing(self.path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0] if self.rows else [])
-            if mode == "w" and self.rows:
+            if self.rows:
                 writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def append(self, row: dict) -> None:
-        """A row has the key "iteration" and the same keys every time."""
+        """A row has the key "iteration" and the same keys every time. It is in both files when this returns."""
         self.rows.append(row)
-        self.write_csv([row], "a" if len(self.rows) > 1 else "w")
+        self.write_csv()
         for key, value in row.items():
             self.writer.add_scalar(key, value, row["iteration"])
+        self.writer.flush()
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -1300,6 +1578,7 @@ def resolve(args: Args) -> tuple[Args, str]:
         args.pool_size = given["pool_size"]
 
     may_be_zero = ("num_threads", "redraw_every", "dynamics_patience", "evidence_decay", "likelihood_coef", "target_kl")
+    may_be_zero += ("checkpoint_minutes",)
     for name, value in vars(args).items():
         if type(value) in (int, float) and name != "seed":
             low = "0 or more" if name in may_be_zero else "greater than 0"
@@ -1322,18 +1601,24 @@ def resolve(args: Args) -> tuple[Args, str]:
     return args, domain
 
 
-def load_pool(args: Args, dataset: Dataset, device: torch.device) -> tuple[Dynamics, dict]:
+def load_pool(path: Path | str, args: Args, dataset: Dataset, device: torch.device) -> tuple[Dynamics, dict]:
     """The pool that a run saved, refused if it does not fit the data set; args' sizes become the file's."""
-    path, saved = args.dynamics_path, load_tensors(args.dynamics_path, "dynamics", device)
-    theirs, ours = f"{saved['dataset']} {saved['data_sha256'][:12]}", f"{dataset.name} {dataset.sha256[:12]}"
-    same = saved["data_sha256"] == dataset.sha256
-    require(same, f"{path} was trained on {theirs}, this is {ours}: leave --dynamics-path out to train a new pool")
-    size, _, _, hidden, layers = saved["sizes"]
-    require(args.active_models <= size, f"--active-models {args.active_models}: {path} has only {size}")
-    args.pool_size, args.dynamics_hidden, args.dynamics_layers = size, hidden, layers
-    pool = Dynamics(*saved["sizes"]).to(device)
-    pool.load_state_dict(saved["pool"])
-    return pool, saved["report"]
+    saved = load_tensors(path, "dynamics", device)
+    with restoring(path):
+        theirs, ours = f"{saved['dataset']} {saved['data_sha256'][:12]}", f"{dataset.name} {dataset.sha256[:12]}"
+        same = saved["data_sha256"] == dataset.sha256
+        require(same, f"{path} was trained on {theirs}, this is {ours}: leave --dynamics-path out to train a new pool")
+        size, _, _, hidden, layers = saved["sizes"]
+        require(args.active_models <= size, f"--active-models {args.active_models}: {path} has only {size}")
+        args.pool_size, args.dynamics_hidden, args.dynamics_layers = size, hidden, layers
+        obs_dim, act_dim = dataset.observations.shape[1], dataset.actions.shape[1]
+        same = saved["pool"]["net.weights.0"].shape == (size, obs_dim + act_dim, hidden)  # before memory is taken
+        same = same and len(saved["pool"]) == 2 * layers + 7 and len(saved["report"]["explained_variance_mean"])
+        require(same, f"{path}: its weights are not of its sizes: use one that a run saved")
+        pool = Dynamics(size, obs_dim, act_dim, hidden, layers).to(device)
+        pool.load_state_dict(saved["pool"])
+        require(all(x.isfinite().all() for x in pool.parameters()), f"{path} has weights that are not finite")
+        return pool, saved["report"]
 
 
 def make_eval_env(args: Args, domain: str, dataset: Dataset, **kwargs) -> gym.Env:
@@ -1406,15 +1691,13 @@ def print_result(result: dict, run_dir: Path) -> None:
 
 def run(args: Args) -> Path:
     """Train and evaluate; returns the run folder."""
-    started = time.time()
-    resumed = None
+    resumed, run_dir = None, Path(args.resume or "")
     if args.resume:
-        run_dir = Path(args.resume)
-        resumed = load_tensors(run_dir / "checkpoint.pt", "pspo checkpoint")
-        fields = {field.name for field in dataclasses.fields(Args)}
-        same = set(resumed["args"]) == fields
-        require(same, f"{run_dir}/checkpoint.pt is of another version of pspo.py: resume it with that version")
-        args = Args(**resumed["args"] | {"resume": args.resume})
+        resumed, given = load_checkpoint(run_dir), args
+        args = checkpoint_args(Args, resumed)
+        for name in MAY_CHANGE:
+            if getattr(given, name) != getattr(Args, name):
+                setattr(args, name, getattr(given, name))
     args, domain = resolve(args)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -1436,6 +1719,7 @@ def run(args: Args) -> Path:
     env = make_env()
     check_spaces(dataset, env)
     horizon = 20 if domain == "liquidation" else env.spec.max_episode_steps or 1000
+    environment = env.spec.id
     env.close()
     if domain == "liquidation" and args.eval_env_id is None:
         play = functools.partial(evaluate_liquidation, gamma=args.gamma)
@@ -1447,13 +1731,15 @@ def run(args: Args) -> Path:
     }
 
     # Run folder
-    if resumed:
-        same = resumed["data_sha256"] == dataset.sha256
-        require(
-            same, f"{run_dir} was trained on other data than {dataset.name} is now: restore the data, or start anew"
-        )
-    else:
-        run_dir = make_run_dir(args)
+    run_dir = run_dir if resumed else make_run_dir(args)
+    identity = {
+        "kind": "pspo checkpoint", "script_sha256": hashlib.sha256(SCRIPT).hexdigest(), "args": vars(args),
+        "data_sha256": dataset.sha256, "environment": environment, "machine": machine(device),
+    }  # fmt: skip
+    with restoring(run_dir / "checkpoint.pt"):
+        checkpoint = Checkpoint(run_dir, identity, args.checkpoint_minutes, resumed["seconds"] if resumed else 0.0)
+        if resumed:
+            checkpoint.check(resumed)
     if args.track:
         try:
             import wandb
@@ -1462,121 +1748,137 @@ def run(args: Args) -> Path:
         wandb.init(project=args.wandb_project, name=run_dir.name, config=vars(args), sync_tensorboard=True)
     print(f"run folder: {run_dir}")
 
-    try:
-        # Dynamics pool and behaviour policy, or what the checkpoint says of them
+    with checkpoint:
+        if not resumed:
+            checkpoint.save(phase="start")
+        state = resumed or {"phase": "start"}
+        phase = state["phase"]
         torch.manual_seed(args.seed)
-        if args.dynamics_path or resumed:
-            if resumed:
-                args.dynamics_path = str(run_dir / "dynamics.pt")
-            pool, report = load_pool(args, dataset, device)
+
+        # Dynamics pool
+        pool_path = run_dir / "dynamics.pt"
+        if phase in ("start", "dynamics"):
+            if args.dynamics_path:
+                pool, report = load_pool(args.dynamics_path, args, dataset, device)
+            else:
+                pool, report = train_dynamics(args, data, bar, checkpoint, state if phase == "dynamics" else None)
+            sizes = [args.pool_size, *(data[key].shape[1] for key in ("observations", "actions"))]
+            content = {"kind": "dynamics", "pool": pool.state_dict(), "report": report, "data_sha256": dataset.sha256}
+            content |= {"dataset": dataset.name, "sizes": [*sizes, args.dynamics_hidden, args.dynamics_layers]}
+            save_atomically(content, pool_path)
         else:
-            pool, report = train_dynamics(args, data, bar)
-        learner = PSPO(args, data, domain)
-        if resumed:
-            learner.load_state_dict(resumed["learner"])
-            learner.behaviour.requires_grad_(False)
-            learner.actor_optimizer.load_state_dict(resumed["actor_optimizer"])
-            learner.critic_optimizer.load_state_dict(resumed["critic_optimizer"])
-        else:
-            dims = [data[key].shape[1] for key in ("observations", "actions")]
-            sizes = [args.pool_size, *dims, args.dynamics_hidden, args.dynamics_layers]
-            content = {"kind": "dynamics", "pool": pool.state_dict(), "sizes": sizes, "report": report}
-            content |= {"dataset": dataset.name, "data_sha256": dataset.sha256}
-            save_atomically(content, run_dir / "dynamics.pt")
-            learner.clone_behaviour(bar)
-            learner.redraw(pool)
+            same = pool_path.exists() and file_sha256(pool_path) == state["pool_sha256"]
+            require(same, f"{pool_path} is not the file that this run wrote: restore it, or start anew")
+            pool, report = load_pool(pool_path, args, dataset, device)
+        checkpoint.identity["pool_sha256"] = file_sha256(pool_path)
         explained = report["explained_variance_mean"]
         print(f"explained variance on held-out data: reward {explained[0]:.4f}, state {explained[1:]}")
-        log = RunLog(run_dir, resumed["rows"] if resumed else [])
-        clone = play(learner.behaviour.act, episodes=args.final_episodes, seed=args.seed + 20_000)["returns"]
-        if resumed:
-            set_rng_state(resumed["rng"])
+
+        # Behaviour policy
+        if phase in ("start", "dynamics"):
+            checkpoint.save(phase="networks", rng=rng_state())
+        elif phase == "networks":
+            set_rng_state(state["rng"])
+        learner = PSPO(args, data, domain)
+        if phase != "policy":
+            learner.clone_behaviour(bar, checkpoint, state if phase == "behaviour" else None)
+            learner.redraw(pool)
+            log, done, sums = RunLog(run_dir, []), 0, None
+        else:
+            with restoring(run_dir / "checkpoint.pt"):
+                learner.load_state_dict(state["learner"])
+                learner.behaviour.requires_grad_(False)
+                learner.actor_optimizer.load_state_dict(state["actor_optimizer"])
+                learner.critic_optimizer.load_state_dict(state["critic_optimizer"])
+                set_rng_state(state["rng"])
+                log, done, sums = RunLog(run_dir, state["rows"]), state["iteration"], state["sums"]
+                sums = None if sums is None else sums.to(device)
 
         # Policy iteration
-        progress = bar(total=args.iterations, initial=log.rows[-1]["iteration"] if log.rows else 0, desc="policy")
-        means: dict[str, torch.Tensor] = {}
-        for iteration in range(progress.n + 1, args.iterations + 1):
+        guard = None
+        progress = bar(total=args.iterations, initial=done, desc="policy")
+        for iteration in range(done + 1, args.iterations + 1):
             # The decreasing step sizes of Eq. (6)
             learner.critic_optimizer.param_groups[0]["lr"] = args.critic_lr * (1 - (iteration - 1) / args.iterations)
             if args.redraw_every and iteration % args.redraw_every == 0:
                 learner.redraw(pool)
-            for key, value in learner.iterate().items():
-                means[key] = means[key] + value.detach() if key in means else value.detach()
+            values = learner.iterate()
+            row = torch.stack([value.detach().float() for value in values.values()])
+            sums = row if sums is None else sums + row
+            guard = guard or Guard("iteration", list(values), DIVERGENCE, learner.metric_bounds())
+            guard.add(iteration, row)
             progress.update()
-            if iteration % args.eval_every and iteration != args.iterations:
+            evaluating = iteration % args.eval_every == 0 or iteration == args.iterations
+            if not evaluating and not checkpoint.due():
                 continue
-            # Evaluation and checkpoint
-            since = (iteration - 1) % args.eval_every + 1
-            row = {"iteration": iteration} | {key: (value / since).item() for key, value in means.items()}
-            bad = [key for key, value in row.items() if not math.isfinite(value)]
-            bad += ["policy weights"] * (not all(p.isfinite().all() for p in learner.actor.parameters()))
-            remedy = "lower --critic-lr or --actor-lr, or raise --alpha"
-            require(not bad, f"iteration {iteration}: {', '.join(bad)} not finite: {remedy}")
-            played = play(learner.average.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
-            start = torch.as_tensor(played["start"], dtype=torch.float32, device=device)
-            row |= {
-                "eval/return": played["returns"].mean(),
-                "eval/score": normalised_score(played["returns"].mean(), domain),
-                "eval/discounted_return": played["discounted"].mean(),
-                "eval/start_value": learner.start_value(start),
-                "eval/predicted_return": learner.predicted_return(start[:1000], horizon).mean().item(),
-            }
-            log.append({key: value if key == "iteration" else float(value) for key, value in row.items()})
-            progress.set_postfix(score=f"{row['eval/score']:.1f}")
-            means = {}
-            save_atomically(
-                {
-                    "kind": "pspo checkpoint", "args": vars(args), "learner": learner.state_dict(), "rows": log.rows,
-                    "actor_optimizer": learner.actor_optimizer.state_dict(), "rng": rng_state(),
-                    "critic_optimizer": learner.critic_optimizer.state_dict(), "data_sha256": dataset.sha256,
-                },
-                run_dir / "checkpoint.pt",
+            # A checkpoint; before it, no sooner than all numbers are known to be good, an evaluation
+            guard.check()
+            good = all(x.isfinite().all() for x in learner.parameters())
+            require(good, f"iteration {iteration}: network weights not finite: {DIVERGENCE['policy']}")
+            if evaluating:
+                since = (iteration - 1) % args.eval_every + 1
+                means = dict(zip(values, (sums / since).tolist(), strict=True))
+                played = play(learner.average.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
+                start = torch.as_tensor(played["start"], dtype=torch.float32, device=device)
+                row = {"iteration": iteration} | means
+                row |= {
+                    "eval/return": played["returns"].mean(),
+                    "eval/score": normalised_score(played["returns"].mean(), domain),
+                    "eval/discounted_return": played["discounted"].mean(),
+                    "eval/start_value": learner.start_value(start),
+                    "eval/predicted_return": learner.predicted_return(start[:1000], horizon).mean().item(),
+                }
+                log.append({key: value if key == "iteration" else float(value) for key, value in row.items()})
+                progress.set_postfix(score=f"{row['eval/score']:.1f}")
+                sums = None
+            checkpoint.save(
+                phase="policy", iteration=iteration, learner=learner.state_dict(), sums=sums, rows=log.rows,
+                actor_optimizer=learner.actor_optimizer.state_dict(), rng=rng_state(),
+                critic_optimizer=learner.critic_optimizer.state_dict(),
             )  # fmt: skip
         progress.close()
-    except KeyboardInterrupt:
-        if (run_dir / "checkpoint.pt").exists():
-            print(f"\ninterrupted: go on with python pspo.py --resume {run_dir}", file=sys.stderr)
-        else:
-            print("\ninterrupted before the first checkpoint: run the same command again", file=sys.stderr)
-        raise SystemExit(130) from None
+        checkpoint.finish()
 
-    # Final result
-    returns = play(learner.average.act, episodes=args.final_episodes, seed=args.seed + 20_000)["returns"]
-    target, uncertainty = learner.target_and_uncertainty()
-    behaviour = float(episode_returns(dataset).mean())
-    low, high = REFERENCE_RETURNS[domain]
-    result = {
-        "env_id": args.env_id, "domain": domain, "quick": args.quick,
-        "score": normalised_score(returns.mean(), domain),
-        "score_ci95": 100 * confidence_interval(returns) / (high - low),
-        "return": returns.mean(), "return_std": returns.std(), "return_ci95": confidence_interval(returns),
-        "episodes": len(returns),
-        "behaviour_clone": {"return": clone.mean(), "score": normalised_score(clone.mean(), domain),
-                            "return_ci95": confidence_interval(clone)},
-        "behaviour_data_return": behaviour, "behaviour_data_score": normalised_score(behaviour, domain),
-        "paper_score": PAPER_SCORES.get(args.env_id), "optimum_score": None,
-        "spearman": spearman(uncertainty, target), "dynamics": report,
-        "posterior": {"members": learner.members.tolist(), "probability": learner.log_belief().exp().tolist()},
-        "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
-        "last": log.rows[-1], "args": vars(args), "seconds": time.time() - started,
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform(),
-                    "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")},
-    }  # fmt: skip
-    if domain == "liquidation":
-        result |= compare_with_optimum(args, returns, play)
-    save_atomically(actor_file(learner.average, args, domain, dataset), run_dir / "actor.pt")
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
-    plot(result, log.rows, target, uncertainty, learner.average.act, run_dir / "figure.png")
-    if args.capture_video:
-        save_gif(learner.average.act, make_env, args.seed, run_dir / "episode.gif")
+        # Final result
+        final = functools.partial(play, episodes=args.final_episodes, seed=args.seed + 20_000)
+        returns, clone = final(learner.average.act)["returns"], final(learner.behaviour.act)["returns"]
+        target, uncertainty = learner.target_and_uncertainty()
+        behaviour = float(episode_returns(dataset).mean())
+        low, high = REFERENCE_RETURNS[domain]
+        result = {
+            "env_id": args.env_id, "domain": domain, "quick": args.quick,
+            "score": normalised_score(returns.mean(), domain),
+            "score_ci95": 100 * confidence_interval(returns) / (high - low),
+            "return": returns.mean(), "return_std": returns.std(), "return_ci95": confidence_interval(returns),
+            "episodes": len(returns),
+            "behaviour_clone": {"return": clone.mean(), "score": normalised_score(clone.mean(), domain),
+                                "return_ci95": confidence_interval(clone)},
+            "behaviour_data_return": behaviour, "behaviour_data_score": normalised_score(behaviour, domain),
+            "paper_score": PAPER_SCORES.get(args.env_id), "optimum_score": None,
+            "spearman": spearman(uncertainty, target), "dynamics": report,
+            "posterior": {"members": learner.members.tolist(), "probability": learner.log_belief().exp().tolist()},
+            "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
+            "last": log.rows[-1], "args": vars(args), "seconds": time.monotonic() - checkpoint.started,
+            "script_sha256": identity["script_sha256"], "environment": environment, "machine": identity["machine"],
+            "versions": identity["machine"]["versions"],
+        }  # fmt: skip
+        if domain == "liquidation":
+            result |= compare_with_optimum(args, returns, play)
+        save_atomically(actor_file(learner.average, args, domain, dataset), run_dir / "actor.pt")
+        with replacing(run_dir / "figure.png") as part:
+            plot(result, log.rows, target, uncertainty, learner.average.act, part)
+        if args.capture_video:
+            with replacing(run_dir / "episode.gif") as part:
+                save_gif(learner.average.act, make_env, args.seed, part)
+        with replacing(run_dir / "result.json") as part:  # the last one: a folder that has it is complete
+            part.write_text(json.dumps(result, indent=2, default=float) + "\n")
     print_result(result, run_dir)
     return run_dir
 
 
 def main() -> None:
     try:
-        run(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        run(command_line(Args, __doc__.split("\n\n")[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -5,6 +5,7 @@ import csv
 import functools
 import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from docs_pages import logged_metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pspo
 
@@ -71,7 +73,7 @@ def only_folder(runs_dir):
 @pytest.fixture
 def no_figure(monkeypatch):
     """Half of a tiny run's time is drawing."""
-    monkeypatch.setattr(pspo, "plot", lambda *_: None)
+    monkeypatch.setattr(pspo, "plot", lambda *args: args[-1].touch())
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,7 @@ def test_run_folder(reference):
     run_dir, out = reference
     names = {path.name for path in run_dir.iterdir()}
     expected = {"actor.pt", "args.json", "checkpoint.pt", "dynamics.pt", "figure.png", "metrics.csv", "result.json"}
+    expected |= {"pspo.py"}
     assert expected <= names
     assert [name.startswith("events.out.tfevents") for name in names - expected] == [True]
     assert (run_dir / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -198,78 +201,221 @@ def test_switches_change_the_metrics(reference, tmp_path, no_figure):
 # --- Going on after a stop ---
 
 
-def stopped(monkeypatch, runs_dir, owner, method, call):
-    """Train until the given call of a method has done its work, where Ctrl-C is pressed."""
+def stopped(monkeypatch, runs_dir, owner, method, call, number=signal.SIGINT):
+    """Train until the given call of a method has done its work, when a signal arrives."""
     original, count = getattr(owner, method), itertools.count(1)
 
-    def interrupted(*args, **kwargs):
+    def signalled(*args, **kwargs):
         result = original(*args, **kwargs)
         if next(count) == call:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return result
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(owner, method, interrupted)
+        patch.setattr(owner, method, signalled)
         train(runs_dir)
-    assert stop.value.code == 130
+    assert stop.value.code == 128 + number
     return only_folder(runs_dir)
 
 
-def resume(command):
+def resume(monkeypatch, command):
     """What the user copies from the terminal: python pspo.py …"""
     words = shlex.split(command)
     assert words[:2] == ["python", "pspo.py"]
-    return pspo.run(pspo.tyro.cli(pspo.Args, args=words[2:]))
+    monkeypatch.setattr(sys, "argv", words[1:])
+    pspo.main()
 
 
-@pytest.mark.parametrize(
-    ("owner", "method", "call"),
-    [(pspo.PSPO, "iterate", 17), (pspo.PSPO, "iterate", 36), (pspo.RunLog, "append", 3)],
-    ids=["after-1-checkpoint", "after-3-checkpoints", "row-written-checkpoint-not"],
-)
-def test_resume_is_the_uninterrupted_run(reference, tmp_path, monkeypatch, capsys, no_figure, owner, method, call):
-    """Stopped half way and resumed by the printed command: metrics, actor and result are those of one run."""
-    run_dir = stopped(monkeypatch, tmp_path, owner, method, call)
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    torch.manual_seed(12345)  # another process would have another state
-    assert resume(message.split("go on with ")[1]) == run_dir
-    assert (run_dir / "metrics.csv").read_bytes() == (reference[0] / "metrics.csv").read_bytes()
-    actors = [torch.load(folder / "actor.pt", weights_only=True)["layers"] for folder in (run_dir, reference[0])]
+def assert_same(run_dir, reference):
+    """Metrics, actor and result are those of the uninterrupted run, to the bit; nothing half written lies about."""
+    assert (run_dir / "metrics.csv").read_bytes() == (reference / "metrics.csv").read_bytes()
+    actors = [torch.load(folder / "actor.pt", weights_only=True)["layers"] for folder in (run_dir, reference)]
     for mine, theirs in zip(*actors, strict=True):
         assert torch.equal(mine["weight"], theirs["weight"])
         assert torch.equal(mine["bias"], theirs["bias"])
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, reference[0])]
-    for key in ("return", "paired_difference", "spearman", "behaviour_clone", "dynamics", "last", "dataset"):
-        assert results[0][key] == results[1][key]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, reference)]
+    for result in results:  # what may differ
+        del result["seconds"], result["args"]["runs_dir"]
+    assert results[0] == results[1]
+    assert not [path.name for path in run_dir.iterdir() if ".part" in path.name]
+    events = EventAccumulator(str(run_dir)).Reload()
+    rows = list(csv.DictReader((run_dir / "metrics.csv").open()))
+    for key in events.Tags()["scalars"]:  # TensorBoard's history: every row, once
+        assert [event.step for event in events.Scalars(key)] == [int(row["iteration"]) for row in rows]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx([float(row[key]) for row in rows])
 
 
-def test_stop_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
-    """There is nothing to go on with, and the message says so."""
-    run_dir = stopped(monkeypatch, tmp_path, pspo.PSPO, "iterate", 3)
-    assert "before the first checkpoint: run the same command again" in capsys.readouterr().err
-    assert not (run_dir / "checkpoint.pt").exists()
+@pytest.mark.parametrize(
+    ("owner", "method", "call", "phase"),
+    [
+        (pspo, "beta_nll", 1, "dynamics"),
+        (pspo, "beta_nll", 83, "dynamics"),
+        (pspo, "explained_variance", 1, "networks"),
+        (pspo.PSPO, "log_belief", 17, "policy"),
+        (pspo.PSPO, "iterate", 3, "policy"),
+        (pspo.PSPO, "iterate", 36, "policy"),
+        (pspo.RunLog, "append", 3, "policy"),
+        (pspo.PSPO, "start_value", 4, "policy"),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_resume_is_the_uninterrupted_run(
+    reference, tmp_path, monkeypatch, capsys, no_figure, owner, method, call, phase
+):
+    """Stopped by a signal and resumed by the printed command: everything is as in one run."""
+    number = signal.SIGTERM if call % 2 else signal.SIGINT
+    run_dir = stopped(monkeypatch, tmp_path, owner, method, call, number)
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert saved["phase"] == phase
+    if method == "iterate":
+        assert saved["iteration"] == call  # the very step
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    torch.manual_seed(12345)  # another process would have another state
+    resume(monkeypatch, message.split("go on with ")[1])
+    assert_same(run_dir, reference[0])
 
 
-def test_ctrl_c_in_the_terminal(tmp_path, no_figure):
-    """SIGINT to the process after its first checkpoint: exit code 130, the command to go on, and it goes on."""
+def test_stopped_in_behaviour_cloning(reference, tmp_path, monkeypatch, no_figure):
+    """gaussian_log_prob is first called by behaviour cloning."""
+    run_dir = stopped(monkeypatch, tmp_path, pspo, "gaussian_log_prob", 11)
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert (saved["phase"], saved["done"]) == ("behaviour", 11)
+    pspo.run(pspo.Args(resume=str(run_dir)))
+    assert_same(run_dir, reference[0])
+
+
+def test_stopped_at_every_phase_in_turn(reference, tmp_path, monkeypatch, no_figure):
+    """One run, stopped nine times."""
+    run_dir = stopped(monkeypatch, tmp_path, pspo, "beta_nll", 5)
+    for owner, method, call in [
+        (pspo, "beta_nll", 1), (pspo, "beta_nll", 40), (pspo, "gaussian_log_prob", 3), (pspo, "gaussian_log_prob", 20),
+        (pspo.PSPO, "iterate", 2), (pspo.PSPO, "iterate", 1), (pspo.PSPO, "iterate", 12), (pspo.RunLog, "append", 1),
+    ]:  # fmt: skip
+        original, count = getattr(owner, method), itertools.count(1)
+
+        def signalled(*args, original=original, count=count, call=call):
+            result = original(*args)
+            if next(count) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            patch.setattr(owner, method, signalled)
+            pspo.run(pspo.Args(resume=str(run_dir)))
+    pspo.run(pspo.Args(resume=str(run_dir)))
+    assert_same(run_dir, reference[0])
+
+
+def test_a_checkpoint_at_every_step_changes_nothing(reference, tmp_path, no_figure):
+    """--checkpoint-minutes only says how often; results do not depend on it."""
+    run_dir = train(tmp_path, checkpoint_minutes=0.0)
+    assert (run_dir / "metrics.csv").read_bytes() == (reference[0] / "metrics.csv").read_bytes()
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys, no_figure):
+    """Without waiting for a step to end, and with the checkpoint before."""
+    original, count = pspo.PSPO.iterate, itertools.count(1)
+
+    def signalled(*args):
+        if next(count) == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(pspo.PSPO, "iterate", signalled)
+    with pytest.raises(SystemExit, match="130"):
+        train(tmp_path)
+    run_dir = only_folder(tmp_path)
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["iteration"] == 10
+    assert f"interrupted: go on with python pspo.py --resume {run_dir}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_terminal(tmp_path, number):
+    """To the process, as soon as there is a run folder: exit code 130 or 143, and the command to go on works."""
     process = start("--runs-dir", tmp_path, *flags(TINY | dict(iterations=100_000)))
     while process.poll() is None and not list(tmp_path.glob("*/checkpoint.pt")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     try:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in err
     run_dir = only_folder(tmp_path)
     assert err.strip().splitlines()[-1] == f"interrupted: go on with python pspo.py --resume {run_dir}"
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    done = checkpoint["rows"][-1]["iteration"]
-    checkpoint["args"]["iterations"] = done + 5  # enough to see that it goes on
-    torch.save(checkpoint, run_dir / "checkpoint.pt")
-    resume(err.strip().split("go on with ")[1])
-    assert [int(value) for value in metrics(run_dir)["iteration"]][-2:] == [done, done + 5]
+    process = start("--resume", run_dir)
+    while process.poll() is None and not (run_dir / "metrics.csv").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, err
+
+
+def test_nothing_left_to_read(reference, tmp_path, no_figure):
+    """A run folder without checkpoint, and one whose pool is gone or was exchanged: one line."""
+    with pytest.raises(pspo.UserError, match=r"checkpoint\.pt does not exist"):
+        pspo.run(pspo.Args(resume=str(tmp_path)))
+    run_dir = shutil.copytree(reference[0], tmp_path / "copy")
+    pool = torch.load(run_dir / "dynamics.pt", weights_only=True)
+    pspo.save_atomically(pool | {"dataset": "other"}, run_dir / "dynamics.pt")
+    with pytest.raises(pspo.UserError, match="not the file that this run wrote"):
+        pspo.run(pspo.Args(resume=str(run_dir)))
+    (run_dir / "dynamics.pt").unlink()
+    with pytest.raises(pspo.UserError, match="not the file that this run wrote"):
+        pspo.run(pspo.Args(resume=str(run_dir)))
+
+
+def test_every_flipped_byte_is_noticed(reference, tmp_path):
+    """torch.load reads a file with flipped bits without complaint; ours has a checksum."""
+    original = (reference[0] / "checkpoint.pt").read_bytes()
+    path = tmp_path / "checkpoint.pt"
+    for position in np.random.default_rng(0).integers(len(original) - 71, size=40):
+        damaged = bytearray(original)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(pspo.UserError, match="altered or damaged"):
+            pspo.load_tensors(path, "pspo checkpoint")
+
+
+def test_resume_with_other_flags(reference, monkeypatch, capsys, tmp_path):
+    """What contradicts the run is refused and named, also where it is the default; what does not is heeded."""
+    run_dir = shutil.copytree(reference[0], tmp_path / "copy")
+    refused(monkeypatch, capsys, dict(resume=run_dir, seed=5), "--seed 5", "has 1")
+    refused(monkeypatch, capsys, dict(resume=run_dir, dynamics_patience=3), "--dynamics-patience 3", "has 0")
+    refused(monkeypatch, capsys, dict(resume=run_dir, eval_every=2000), "--eval-every 2000", "has 10")
+    refused(monkeypatch, capsys, dict(resume=run_dir, cuda=True), "--cuda True", "has False")
+    words = flags(dict(resume=run_dir, seed=1, hidden=16, checkpoint_minutes=7.5))
+    monkeypatch.setattr(sys, "argv", ["pspo.py", *words])
+    args = pspo.command_line(pspo.Args, "")
+    assert (args.resume, args.checkpoint_minutes) == (str(run_dir), 7.5)
+
+
+def test_resume_with_another_script(reference, monkeypatch, capsys, tmp_path):
+    """The run folder has the script that made it, and the message says how to run that one."""
+    monkeypatch.setattr(pspo, "SCRIPT", pspo.SCRIPT + b"# edited")
+    message = refused(monkeypatch, capsys, dict(resume=reference[0]), "pspo.py with SHA-256", "version that it kept")
+    command = message.split("version that it kept: ")[1]
+    assert command == f"PYTHONPATH={ROOT} python {reference[0]}/pspo.py --resume {reference[0]}"
+    assert (reference[0] / "pspo.py").read_bytes() == (ROOT / "pspo.py").read_bytes()
+
+
+def test_resume_on_another_machine(reference, monkeypatch, capsys, tmp_path, no_figure):
+    """It goes on, and says what the last bits may differ by; another environment is refused."""
+    run_dir = shutil.copytree(reference[0], tmp_path / "copy")
+    saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    saved["machine"]["versions"]["torch"] = "1.0"
+    pspo.save_atomically(saved, run_dir / "checkpoint.pt")
+    pspo.run(pspo.Args(resume=str(run_dir)))
+    assert "note: versions was" in capsys.readouterr().out
+    pspo.save_atomically(saved | {"environment": "Hopper-v4"}, run_dir / "checkpoint.pt")
+    with pytest.raises(pspo.UserError, match=r"other environment \(Hopper-v4\)"):
+        pspo.run(pspo.Args(resume=str(run_dir)))
 
 
 def test_resume_of_a_finished_run(reference, tmp_path, no_figure):
