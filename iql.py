@@ -845,7 +845,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_stem(path.stem + ".part")
     try:
         yield part
-        os.replace(part, path)
+        if part.exists():
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -652,12 +652,12 @@ def model_evidence(model_target: torch.Tensor, observed_target: torch.Tensor) ->
 
 
 def posterior(evidence: torch.Tensor, strength: float) -> torch.Tensor:
-    """Eq. (4): log P(τ) = −λ Δ_τ + constant over the last dimension, P₀ uniform, float32.
+    """Eq. (4): log P(τ) = −λ Δ_τ + constant over the last dimension, P₀ uniform.
 
     In log space it cannot underflow: a hopeless model has log P = −1e30, not −inf.
     """
-    excess = (evidence - evidence.amin(-1, keepdim=True)).double()
-    return F.log_softmax((-strength * excess).clamp(min=-1e30), dim=-1).float()
+    excess = evidence - evidence.amin(-1, keepdim=True)
+    return F.log_softmax((-strength * excess).clamp(min=-1e30), dim=-1)
 
 
 def sample_models(log_belief: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -933,7 +933,7 @@ class PSPO(nn.Module):
         if not self.learns_belief:
             return posterior(torch.zeros_like(self.members, dtype=torch.float32), 0.0)
         evidence = self.evidence_sum[self.members] / self.evidence_weight[self.members]
-        return posterior(self.scaled(evidence), self.args.likelihood_coef)
+        return posterior(self.scaled(evidence), self.args.likelihood_coef).float()
 
     def scaled(self, evidence: torch.Tensor) -> torch.Tensor:
         """Δ in the unit that --evidence-scale names, over the last dimension (the models)."""
@@ -1009,7 +1009,7 @@ class PSPO(nn.Module):
             successor = sample_models(log_belief, (1, len(obs)))[0]
         else:  # reading B: the model's residual against the critic itself, a posterior of its own for every (s, a)
             residual = (target - self.target_critic(obs, action).amin(0)).double().square().T  # (B, N)
-            log_belief = posterior(self.scaled(residual), args.likelihood_coef)
+            log_belief = posterior(self.scaled(residual), args.likelihood_coef).float()
             y = (log_belief.exp().T * target).sum(0)
             successor = sample_models(log_belief, (1, len(obs)))[0]
         return y, next_obs[successor, rows], terminal[successor, rows]
@@ -1193,7 +1193,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_stem(path.stem + ".part")
     try:
         yield part
-        os.replace(part, path)
+        if part.exists():
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
