@@ -11,61 +11,48 @@ run again. Its table goes to docs/results/<study>.md and .csv, the runs stay in 
 """
 
 import csv
-import json
-import math
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import liquidation_env  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
-import pspo  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from runner import ROOT, Job, UserError, interval, run_jobs  # it also makes the scripts importable
+
+import liquidation_env
+import pspo
 
 POISONS = ("price", "reward")  # three of ten models add 0.2 to the price at every step, or 20% to every reward
-RULES = {"evidence": [], "uniform": ["--posterior", "uniform"], "pessimistic": ["--posterior", "pessimistic"]}
-SHORT = ["--iterations", "6000", "--eval-every", "1000"]  # the same budget for every variant of a comparison
-STUDIES: dict[str, tuple[range, dict[str, list[str]]]] = {
-    "liquidation": (range(1, 6), {"γ = 1": [], "γ = 0.99": ["--gamma", "0.99"]}),
+RULES = {"evidence": {}, "uniform": {"posterior": "uniform"}, "pessimistic": {"posterior": "pessimistic"}}
+SHORT = {"iterations": 6000, "eval_every": 1000}  # the same budget for every variant of a comparison
+SCALES = {"spread": (1.0, 3.0), "mean": (1.0, 5.0), "none": (1.0, 1000.0)}
+# Seeds, and variants: settings of pspo.py, and "poison", which becomes a dynamics_path.
+STUDIES: dict[str, tuple[range, dict[str, dict[str, Any]]]] = {
+    "liquidation": (range(1, 6), {"γ = 1": {}, "γ = 0.99": {"gamma": 0.99}}),
     "ablations": (
         range(1, 4),
-        {"evidence, λ = 1": SHORT, "evidence, λ = 10": ["--likelihood-coef", "10", *SHORT]}
-        | {rule: flags + SHORT for rule, flags in RULES.items() if flags}
-        | {"without regularisation": ["--no-regularization", *SHORT]},
+        {"evidence, λ = 1": SHORT, "evidence, λ = 10": {"likelihood_coef": 10.0} | SHORT}
+        | {rule: settings | SHORT for rule, settings in RULES.items() if settings}
+        | {"without regularisation": {"regularization": False} | SHORT},
     ),
     "poisoned": (
         range(1, 4),
-        {
-            f"{poison}, {rule}": ["--poison", poison, *flags, *SHORT]
-            for poison in POISONS
-            for rule, flags in RULES.items()
-        },
+        {f"{poison}, {rule}": {"poison": poison} | RULES[rule] | SHORT for poison in POISONS for rule in RULES},
     ),
     "scale": (
         range(1, 2),
         {
-            f"{scale}, λ = {strength}": [
-                "--poison",
-                "price",
-                "--evidence-scale",
-                scale,
-                "--likelihood-coef",
-                strength,
-                *SHORT,
-            ]
-            for scale, strengths in {"spread": "1 3", "mean": "1 5", "none": "1 1000"}.items()
-            for strength in strengths.split()
+            f"{scale}, λ = {strength:g}": {"poison": "price", "evidence_scale": scale, "likelihood_coef": strength}
+            | SHORT
+            for scale, strengths in SCALES.items()
+            for strength in strengths
         },
     ),
-    "hopper": (range(1, 4), {"--quick": ["--env-id", "hopper-medium-v2", "--quick"]}),
+    "hopper": (range(1, 4), {"--quick": {"env_id": "hopper-medium-v2", "quick": True}}),
 }
 
 
@@ -102,23 +89,19 @@ def poisoned_pool(poison: str, seed: int, folder: Path) -> Path:
     return path
 
 
-def run_one(name: str, flags: list[str], seed: int, folder: Path) -> dict:
-    """One run of pspo.py as a user types it, unless it has been run; returns its result."""
-    runs = folder / f"{name}__{seed}".replace(" ", "_").replace("/", "_")
-    done = list(runs.glob("*/result.json"))
-    if not done:
-        flags = list(flags)
-        if "--poison" in flags:
-            i = flags.index("--poison")
-            flags[i : i + 2] = ["--dynamics-path", str(poisoned_pool(flags[i + 1], seed, folder))]
-        command = [sys.executable, "pspo.py", *flags, "--seed", str(seed)]
-        command += ["--num-threads", "1", "--runs-dir", str(runs)]
-        runs.mkdir(parents=True, exist_ok=True)
-        with open(runs / "log.txt", "w") as log:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-        done = list(runs.glob("*/result.json"))
-        print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: {done[0].parent}", flush=True)
-    return json.loads(done[0].read_text())
+def plan(study: str, folder: Path) -> dict[str, list[Job]]:
+    """The jobs of a study: variant -> one a seed. Trains the poisoned pools that are missing."""
+    seeds, variants = STUDIES[study]
+    jobs = {}
+    for name, variant in variants.items():
+        jobs[name] = []
+        for seed in seeds:
+            settings = {key: value for key, value in variant.items() if key != "poison"} | {"seed": seed}
+            if "poison" in variant:
+                settings["dynamics_path"] = str(poisoned_pool(variant["poison"], seed, folder))
+            runs = folder / f"{name}__{seed}".replace(" ", "_").replace("/", "_")
+            jobs[name].append(Job("pspo", settings, runs))
+    return jobs
 
 
 def columns(result: dict) -> dict[str, float]:
@@ -139,12 +122,6 @@ def columns(result: dict) -> dict[str, float]:
         row["clone's return"] = result["behaviour_clone"]["return"]
     row["explained variance of r"] = result["dynamics"]["explained_variance_mean"][0]
     return row
-
-
-def interval(values: list[float]) -> float:
-    """Half-width of the 95% interval of the mean over seeds, Student's t; NaN for one seed."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 1.96)
-    return t * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def write_table(study: str, results: dict[str, list[dict]]) -> str:
@@ -172,13 +149,17 @@ def write_table(study: str, results: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    seeds, variants = STUDIES[args.study]
     folder = ROOT / args.runs_dir / args.study
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {n: [pool.submit(run_one, n, flags, seed, folder) for seed in seeds] for n, flags in variants.items()}
-        results = {name: [future.result() for future in of_seeds] for name, of_seeds in futures.items()}
-    print(write_table(args.study, results))
+    try:
+        jobs = plan(args.study, folder)
+        failed = run_jobs([job for of_seeds in jobs.values() for job in of_seeds], args.jobs)
+        if failed:
+            raise UserError("; ".join(failed))
+        print(write_table(args.study, {name: [job.result() for job in of_seeds] for name, of_seeds in jobs.items()}))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The paper maps of docs/: every numbered item of a paper has a row, every name that a row gives exists."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -40,6 +41,7 @@ def items(cell):
     return found
 
 
+@functools.cache
 def defined(path):
     """Names that a Python file defines: functions, classes, Class.method, and assigned constants."""
     found = set()
