@@ -114,7 +114,7 @@ MUJOCO = dict(
     dynamics_hidden=512, dynamics_layers=4, dynamics_batch=512, dynamics_epochs=1000,  # paper; layers: PMDB
     dynamics_lr=1e-4, dynamics_patience=20,  # PMDB; ours
     hidden=256, batch_size=256,  # paper
-    actor_lr=3e-5, critic_lr=3e-4, target_rate=0.005,  # PMDB
+    actor_lr=3e-5, average_rate=0.001, critic_lr=3e-4, target_rate=0.005,  # PMDB; ours; PMDB; PMDB
     alpha=0.1, target_kl=5.0, projection="reverse",  # PMDB; PMDB; paper
     iterations=2_000_000, bc_updates=50_000, eval_every=20_000,  # PMDB; ours; ours
     rollout_horizon=1000, model_samples=10, action_samples=20,  # PMDB
@@ -133,9 +133,10 @@ DOMAINS = {
     "halfcheetah": MUJOCO,
 }  # fmt: skip
 QUICK = dict(  # --quick: what 2 CPU cores can do on a MuJoCo task within 45 minutes
-    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=4, dynamics_lr=1e-3,
-    dynamics_patience=0, actor_lr=1e-4, target_rate=0.02, iterations=25_000, bc_updates=3_000, eval_every=2_500,
-    rollout_horizon=100, model_samples=2, action_samples=6,
+    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=6, dynamics_lr=1e-3,
+    dynamics_patience=0, hidden=128, actor_lr=1e-4, average_rate=5e-4, target_rate=0.02, target_kl=1.5,
+    iterations=60_000, bc_updates=3_000, eval_every=5_000, rollout_horizon=100, model_samples=1, action_samples=4,
+    num_threads=1,
 )  # fmt: skip
 
 
@@ -232,7 +233,7 @@ class Args:
     """units in each of the two hidden layers of policy and critics"""
     actor_lr: float | None = None
     """learning rate of the policy"""
-    average_rate: float = 0.001
+    average_rate: float | None = None
     """rate of the running average of the policy's weights, which is what is evaluated and saved"""
     critic_lr: float | None = None
     """learning rate of the critics, η_t of Eq. (6) (linear to zero)"""
@@ -608,6 +609,19 @@ class Actor(nn.Module):
         """The deterministic action tanh(mean): (B, obs) -> (B, act)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device)
         return self(obs)[0].tanh().cpu().numpy()
+
+    def sampler(self, seed: int) -> Callable:
+        """Acts by tanh(u), u ~ N(mean, std²), with random numbers of its own: (B, obs) -> (B, act)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        @torch.no_grad()
+        def act(obs: np.ndarray) -> np.ndarray:
+            mean, log_std = (
+                x.cpu() for x in self(torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device))
+            )
+            return (mean + log_std.exp() * torch.randn(mean.shape, generator=generator)).tanh().numpy()
+
+        return act
 
 
 class Critic(nn.Module):
@@ -1685,8 +1699,13 @@ def print_result(result: dict, run_dir: Path) -> None:
         )
     if result["paper_score"]:
         print(f"the paper reports {result['paper_score']:.1f}; data used here: {result['dataset']['source']}")
-    clone, data_return = result["behaviour_clone"]["return"], result["behaviour_data_return"]
-    print(f"return of the behaviour policy in the data {data_return:.1f}, of its clone's mean action {clone:.1f}")
+    clone, sampled = result["behaviour_clone"], result["sampled"]
+    print(
+        f"returns: mean action {result['return']:.1f}, sampled action {sampled['return']:.1f} ± "
+        f"{sampled['return_ci95']:.1f}; the behaviour policy's clone {clone['return']:.1f} and "
+        f"{clone['sampled_return']:.1f} ± {clone['sampled_return_ci95']:.1f}; the behaviour policy in the data "
+        f"{result['behaviour_data_return']:.1f}"
+    )
     print(f"{result['seconds'] / 60:.1f} minutes; result.json, actor.pt and figure.png are in {run_dir}")
 
 
@@ -1843,6 +1862,9 @@ def run(args: Args) -> Path:
         # Final result
         final = functools.partial(play, episodes=args.final_episodes, seed=args.seed + 20_000)
         returns, clone = final(learner.average.act)["returns"], final(learner.behaviour.act)["returns"]
+        sampled, sampled_clone = (
+            final(actor.sampler(args.seed))["returns"] for actor in (learner.average, learner.behaviour)
+        )
         target, uncertainty = learner.target_and_uncertainty()
         behaviour = float(episode_returns(dataset).mean())
         low, high = REFERENCE_RETURNS[domain]
@@ -1852,8 +1874,11 @@ def run(args: Args) -> Path:
             "score_ci95": 100 * confidence_interval(returns) / (high - low),
             "return": returns.mean(), "return_std": returns.std(), "return_ci95": confidence_interval(returns),
             "episodes": len(returns),
+            "sampled": {"return": sampled.mean(), "score": normalised_score(sampled.mean(), domain),
+                        "return_ci95": confidence_interval(sampled)},
             "behaviour_clone": {"return": clone.mean(), "score": normalised_score(clone.mean(), domain),
-                                "return_ci95": confidence_interval(clone)},
+                                "return_ci95": confidence_interval(clone), "sampled_return": sampled_clone.mean(),
+                                "sampled_return_ci95": confidence_interval(sampled_clone)},
             "behaviour_data_return": behaviour, "behaviour_data_score": normalised_score(behaviour, domain),
             "paper_score": PAPER_SCORES.get(args.env_id), "optimum_score": None,
             "spearman": spearman(uncertainty, target), "dynamics": report,
