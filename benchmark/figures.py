@@ -143,8 +143,11 @@ def boundary(runs: tuple[Path, ...]) -> plt.Figure:
         for gamma, style in {result["args"]["gamma"]: "--", 1.0: "-"}.items():
             exact = liquidation_env.optimal_value(discount=gamma).boundary
             ax.plot(step, np.maximum(exact, 0.5), "r" + style, lw=1.5, label=f"exact boundary, γ = {gamma:g}")
-        name, share = result["args"]["exp_name"], 100 * result["share_of_optimum"]
-        ax.set(xlabel="step", title=f"{name}, seed {result['args']['seed']}: {share:.1f}% of the optimum")
+        settings, share = result["args"], 100 * result["share_of_optimum"]
+        title = f"{settings['exp_name']}, γ = {settings['gamma']:g}, seed {settings['seed']}"
+        title += "" if settings.get("regularization", True) else ", no regularisation"
+        ax.set(xlabel="step", title=f"{title}\n{share:.1f}% of the optimum")
+        ax.set_xticks(range(0, 20, 5))
         ax.legend(fontsize=8, loc="lower left")
     axes[0, 0].set_ylabel("price")
     fig.colorbar(image, ax=axes, label="fraction sold (inventory 100)")

@@ -21,7 +21,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runner import ROOT, Job, UserError, interval, run_jobs  # it also makes the scripts importable
+from runner import ROOT, Job, UserError, interval, require, run_jobs  # it also makes the scripts importable
 
 import liquidation_env
 import pspo
@@ -60,10 +60,16 @@ STUDIES: dict[str, tuple[range, dict[str, dict[str, Any]]]] = {
 class Args:
     study: Annotated[Literal["liquidation", "ablations", "poisoned", "scale", "hopper"], tyro.conf.Positional]
     """which study to run"""
+    seeds: tuple[int, ...] = ()
+    """other seeds than the study's own"""
+    variants: tuple[str, ...] = ()
+    """only these of the study's variants, by the names in its table"""
     jobs: int = 2
     """processes at a time, one thread each"""
-    runs_dir: str = "runs/study"
-    """where the runs lie; relative to the repository's root"""
+    runs_dir: Path = ROOT / "runs" / "study"
+    """where the runs lie"""
+    output_dir: Path = ROOT / "docs" / "results"
+    """where the table is written"""
 
 
 def poisoned_pool(poison: str, seed: int, folder: Path) -> Path:
@@ -89,13 +95,16 @@ def poisoned_pool(poison: str, seed: int, folder: Path) -> Path:
     return path
 
 
-def plan(study: str, folder: Path) -> dict[str, list[Job]]:
-    """The jobs of a study: variant -> one a seed. Trains the poisoned pools that are missing."""
-    seeds, variants = STUDIES[study]
-    jobs = {}
-    for name, variant in variants.items():
-        jobs[name] = []
-        for seed in seeds:
+def plan(args: Args) -> dict[str, list[Job]]:
+    """The jobs of a study: variant -> one a seed. Trains the poisoned pools that are missing. Raises UserError."""
+    seeds, variants = STUDIES[args.study]
+    unknown = [name for name in args.variants if name not in variants]
+    require(not unknown, f"--variants {'; '.join(unknown)}: {args.study} has {'; '.join(variants)}")
+    folder, jobs = args.runs_dir.absolute() / args.study, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in args.variants or variants:
+        jobs[name], variant = [], variants[name]
+        for seed in args.seeds or seeds:
             settings = {key: value for key, value in variant.items() if key != "poison"} | {"seed": seed}
             if "poison" in variant:
                 settings["dynamics_path"] = str(poisoned_pool(variant["poison"], seed, folder))
@@ -124,7 +133,7 @@ def columns(result: dict) -> dict[str, float]:
     return row
 
 
-def write_table(study: str, results: dict[str, list[dict]]) -> str:
+def write_table(args: Args, results: dict[str, list[dict]]) -> str:
     """Mean ± 95% interval over seeds, and the worst seed's return; Markdown and CSV."""
     rows = {name: [columns(r) for r in of_seeds] for name, of_seeds in results.items()}
     keys = list(next(iter(rows.values()))[0])
@@ -134,29 +143,28 @@ def write_table(study: str, results: dict[str, list[dict]]) -> str:
         for key in keys:
             values = [row[key] for row in of_seeds]
             digits = 3 if abs(np.mean(values)) < 5 else 2 if "%" in key else 1
-            cells.append(f"{np.mean(values):.{digits}f} ± {interval(values):.{digits}f}")
+            spread = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(row['return'] for row in of_seeds):.1f} |")
-    folder = ROOT / "docs" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"pspo_{study}.md").write_text("\n".join(lines) + "\n")
-    with open(folder / f"pspo_{study}.csv", "w", newline="") as file:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / f"pspo_{args.study}.md").write_text("\n".join(lines) + "\n")
+    with open(args.output_dir / f"pspo_{args.study}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", *keys])
         for name, of_seeds in rows.items():
-            writer.writerows([name, seed, *row.values()] for seed, row in zip(STUDIES[study][0], of_seeds, strict=True))
+            for row, result in zip(of_seeds, results[name], strict=True):
+                writer.writerow([name, result["args"]["seed"], *row.values()])
     return "\n".join(lines)
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    folder = ROOT / args.runs_dir / args.study
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        jobs = plan(args.study, folder)
+        jobs = plan(args)
         failed = run_jobs([job for of_seeds in jobs.values() for job in of_seeds], args.jobs)
         if failed:
             raise UserError("; ".join(failed))
-        print(write_table(args.study, {name: [job.result() for job in of_seeds] for name, of_seeds in jobs.items()}))
+        print(write_table(args, {name: [job.result() for job in of_seeds] for name, of_seeds in jobs.items()}))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

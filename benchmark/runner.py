@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # the scripts are not installed
 # Arguments that say how and where, not what: runs that differ in these only are the same.
 HOW = {"exp_name", "cuda", "num_threads", "track", "wandb_project", "capture_video", "runs_dir", "resume", "quick"}
 HOW |= {"dataset_path", "dataset_mirrors", "dynamics_path"}
+POOL = {"pool_size", "dynamics_hidden", "dynamics_layers"}  # what the file of --dynamics-path decides
 
 
 class UserError(Exception):
@@ -73,9 +74,9 @@ class Job:
         fields = {field.name for field in dataclasses.fields(script(self.script).Args)}
         if not set(result["args"]) <= fields:
             return "another script, or another version of it"
-        wanted = self.resolved()
+        wanted, free = self.resolved(), HOW | (POOL if "dynamics_path" in self.settings else set())
         pairs = {name: (value, json.loads(json.dumps(wanted[name]))) for name, value in result["args"].items()}
-        return ", ".join(f"{n} {a}, not {b}" for n, (a, b) in pairs.items() if n not in HOW and a != b)
+        return ", ".join(f"{n} {a}, not {b}" for n, (a, b) in pairs.items() if n not in free and a != b)
 
     def resolved(self) -> dict[str, Any]:
         """All arguments, as the script fills them in."""

@@ -15,6 +15,7 @@ import pspo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
+import pspo_study  # noqa: E402
 import reproduce_tables as tables  # noqa: E402
 import runner  # noqa: E402
 
@@ -195,6 +196,20 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path):
     ):
         _, err = call(monkeypatch, capsys, tmp_path, "pspo-table1", *words, expect=2)
         assert expected in err and err.count("\n") == 1
+
+
+def test_studies_of_pspo(monkeypatch, tmp_path):
+    """benchmark/pspo_study.py: every variant is one that pspo.py accepts; a lying pool is shared by its rules."""
+    monkeypatch.setattr(pspo_study, "poisoned_pool", lambda poison, seed, folder: folder / f"{poison}{seed}.pt")
+    for study, (seeds, variants) in pspo_study.STUDIES.items():
+        jobs = pspo_study.plan(pspo_study.Args(study, runs_dir=tmp_path))
+        assert [len(of_seeds) for of_seeds in jobs.values()] == [len(seeds)] * len(variants)
+        assert all(job.resolved()["seed"] in seeds for of_seeds in jobs.values() for job in of_seeds)
+    one = pspo_study.plan(pspo_study.Args("poisoned", (4,), ("price, uniform",), runs_dir=tmp_path))
+    ((job,),) = one.values()
+    assert job.settings["dynamics_path"].endswith("poisoned/price4.pt") and job.resolved()["posterior"] == "uniform"
+    with pytest.raises(runner.UserError, match="scale has spread, λ = 1"):
+        pspo_study.plan(pspo_study.Args("scale", variants=("mean",), runs_dir=tmp_path))
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
