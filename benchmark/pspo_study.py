@@ -129,6 +129,8 @@ def columns(result: dict) -> dict[str, float]:
     else:
         row["behaviour's return"] = result["behaviour_data_return"]
         row["clone's return"] = result["behaviour_clone"]["return"]
+        row["sampled return"] = result["sampled"]["return"]
+        row["clone's sampled return"] = result["behaviour_clone"]["sampled_return"]
     row["explained variance of r"] = result["dynamics"]["explained_variance_mean"][0]
     return row
 
