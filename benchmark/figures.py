@@ -3,6 +3,8 @@
     python benchmark/figures.py figure2 runs/<pspo run> …      # PSPO: predicted return and real one
     python benchmark/figures.py figure3 runs/<pspo run>        # PSPO: TD target against uncertainty
     python benchmark/figures.py boundary runs/<liquidation run> …       # where it sells, and where it should
+    python benchmark/figures.py curves runs/<steer_poe run> …     # steering: objective against α
+    python benchmark/figures.py grid runs/<steer_poe run> …       # steering: HELP, FROZEN or HURT of every configuration
     python benchmark/figures.py expectile                      # IQL: expectiles of one variable, and of one per state
 
 A figure goes to docs/figures/<figure>.png, or where --output says.
@@ -33,7 +35,7 @@ import pspo  # noqa: E402
 
 @dataclass
 class Args:
-    figure: Annotated[Literal["figure2", "figure3", "boundary", "expectile"], tyro.conf.Positional]
+    figure: Annotated[Literal["figure2", "figure3", "boundary", "curves", "grid", "expectile"], tyro.conf.Positional]
     """which figure to draw"""
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """run folders that it is drawn from"""
@@ -205,6 +207,36 @@ def expectile(runs: tuple[Path, ...] = ()) -> plt.Figure:
     return fig
 
 
+def read_cells(runs: tuple[Path, ...]) -> tuple[list[dict], str]:
+    """(cells.csv of runs of steer_poe.py with numbers as numbers, the data set's name). Runs may differ in priors and
+    shifts, not in data. Raises UserError."""
+    names = {read_result(run)["env_id"] for run in runs}
+    pspo.require(len(names) == 1, f"runs of different data sets ({', '.join(sorted(names))}): draw one at a time")
+    cells = []
+    for run in runs:
+        pspo.require((run / "cells.csv").is_file(), f"{run} has no cells.csv: give runs of steer_poe.py")
+        with open(run / "cells.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                words = {"prior", "shift", "goal", "rule", "objective_class", "return_class"}
+                cells.append({key: value if key in words else float(value) for key, value in row.items()})
+    return cells, names.pop()
+
+
+def curves(runs: tuple[Path, ...], output: Path) -> None:
+    """Steering: each goal's objective against α, every rule."""
+    import steer_poe
+
+    cells, env_id = read_cells(runs)
+    steer_poe.plot_curves(cells, env_id, "objective", output)
+
+
+def grid(runs: tuple[Path, ...], output: Path) -> None:
+    """Steering: the class of every configuration in every cell."""
+    import steer_poe
+
+    steer_poe.plot_grid(*read_cells(runs), output)
+
+
 FIGURES = {"figure2": figure2, "figure3": figure3, "boundary": boundary, "expectile": expectile}
 
 
@@ -212,13 +244,15 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     try:
         pspo.require(bool(args.runs) or args.figure == "expectile", f"{args.figure} needs run folders: name them")
-        fig = FIGURES[args.figure](args.runs)
+        output = args.output or ROOT / "docs" / "figures" / f"{args.figure}.png"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if args.figure in ("curves", "grid"):  # steer_poe.py draws them itself after a run
+            {"curves": curves, "grid": grid}[args.figure](args.runs, output)
+        else:
+            FIGURES[args.figure](args.runs).savefig(output, dpi=110)
     except pspo.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    output = args.output or ROOT / "docs" / "figures" / f"{args.figure}.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(output, dpi=110)
     print(output)
 
 

@@ -67,6 +67,29 @@ def test_boundary_figure_shows_the_saved_policies(runs):
     assert len(figures.boundary(runs).axes) == 3  # two runs and the colour bar
 
 
+def test_steering_figures(tmp_path, monkeypatch):
+    """Curves and grid of a study, redrawn from its cells.csv."""
+    steer_poe = pytest.importorskip("steer_poe")
+    run = steer_poe.run(
+        steer_poe.Args(
+            study=True,
+            episodes=3,
+            updates=20,
+            hidden=8,
+            dataset_episodes=100,
+            cuda=False,
+            num_threads=1,
+            runs_dir=str(tmp_path / "runs"),
+        )  # fmt: skip
+    )
+    for name in ("curves", "grid"):
+        draw(monkeypatch, name, run, "--output", tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    cells, env_id = figures.read_cells((run,))
+    assert env_id == "liquidation" and len({cell["goal"] for cell in cells}) == 3
+    assert {cell["alpha"] for cell in cells if cell["rule"] == "poe"} >= {0.1, 0.3, 0.5, 0.7, 0.9}
+
+
 def test_expectile_figure():
     """IQL's illustration: expectiles grow with τ in every state, and stay below the largest value."""
     x = 6 * torch.rand(5000, 1, generator=torch.Generator().manual_seed(0)) - 3
