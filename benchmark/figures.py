@@ -2,9 +2,9 @@
 
     python benchmark/figures.py figure2 runs/<pspo run> …      # PSPO: predicted return and real one
     python benchmark/figures.py figure3 runs/<pspo run>        # PSPO: TD target against uncertainty
-    python benchmark/figures.py boundary runs/<liquidation run> …       # where it sells, and where it should
-    python benchmark/figures.py curves runs/<steer_poe run> …     # steering: objective against α
-    python benchmark/figures.py grid runs/<steer_poe run> …       # steering: HELP, FROZEN or HURT of every configuration
+    python benchmark/figures.py boundary runs/<liquidation run> …  # where it sells, and where it should
+    python benchmark/figures.py curves runs/<steer_poe run> …      # steering: objective against α
+    python benchmark/figures.py grid runs/<steer_poe run> …        # steering: HELP, FROZEN or HURT
     python benchmark/figures.py expectile                      # IQL: expectiles of one variable, and of one per state
 
 A figure goes to docs/figures/<figure>.png, or where --output says.

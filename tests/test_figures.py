@@ -80,7 +80,7 @@ def test_steering_figures(tmp_path, monkeypatch):
             cuda=False,
             num_threads=1,
             runs_dir=str(tmp_path / "runs"),
-        )  # fmt: skip
+        )
     )
     for name in ("curves", "grid"):
         draw(monkeypatch, name, run, "--output", tmp_path / f"{name}.png")
