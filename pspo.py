@@ -23,6 +23,7 @@ Run it:
 
 import contextlib
 import csv
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -267,6 +268,7 @@ class Args:
 
 # --- Data: identical in every script of this project (tests/test_shared_blocks.py) ---
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+SILENCE = 30  # seconds without a byte after which a server is given up
 # What is read of a file, and its number of dimensions.
 DATA_KEYS = dict(observations=2, actions=2, rewards=1, next_observations=2, terminals=1, timeouts=1)
 
@@ -388,7 +390,11 @@ def load_hdf5(name: str, path: Path) -> Dataset:
     """Read an HDF5 file in D4RL's layout; `source` says whether it is D4RL's own. Raises UserError."""
     try:
         with h5py.File(path, "r") as file:
-            arrays = {key: file[key][()] for key in DATA_KEYS if isinstance(file.get(key), h5py.Dataset)}
+            tables = {key: file[key] for key in DATA_KEYS if isinstance(file.get(key), h5py.Dataset)}
+            claimed, size = sum(table.nbytes for table in tables.values()), path.stat().st_size
+            possible = claimed <= 1100 * size + 10**6  # gzip's best ratio is 1032
+            require(possible, f"{path} claims {claimed:.3g} bytes of data in a file of {size:,}: fetch it again")
+            arrays = {key: table[()] for key, table in tables.items()}
         source = f"file {path.name}"
         if name in D4RL_FILES:  # hashing takes a second: compare the size first
             _, size, sha256 = D4RL_FILES[name]
@@ -398,7 +404,9 @@ def load_hdf5(name: str, path: Path) -> Dataset:
         raise UserError(f"{path} does not exist: check --dataset-path") from None
     except PermissionError:
         raise UserError(f"{path} cannot be read: change its permissions or its folder's") from None
-    except (OSError, RuntimeError) as error:  # not HDF5, truncated, a damaged chunk
+    except UserError:
+        raise
+    except Exception as error:  # not HDF5, truncated, a damaged chunk or link: h5py raises many types
         raise UserError(f"{path} is not a whole HDF5 file ({error}): delete it and fetch it again") from error
     return make_dataset(arrays, name, source)
 
@@ -420,6 +428,7 @@ def load_minari(name: str, folder: Path | None = None) -> Dataset:
             for key, values in zip(DATA_KEYS, columns, strict=True):
                 rows[key].append(values)
         arrays = {key: np.concatenate(parts) for key, parts in rows.items()}
+        source, env_spec = f"Minari {dataset.id}", dataset.env_spec
     except ImportError as error:  # no extra of Minari's names Pillow, which its storage imports
         raise UserError(f"Minari: {error}: pip install 'minari[hdf5,hf]' pillow") from error
     except Exception as error:  # Minari, h5py, the hub and its HTTP client share no class of errors
@@ -427,7 +436,21 @@ def load_minari(name: str, folder: Path | None = None) -> Dataset:
         if folder:
             remedy = "give an HDF5 file, or a Minari folder, the one that contains data/metadata.json"
         raise UserError(f"Minari data {folder or name}: {type(error).__name__}: {error}: {remedy}") from error
-    return make_dataset(arrays, name, f"Minari {dataset.id}", dataset.env_spec)
+    return make_dataset(arrays, name, source, env_spec)
+
+
+def registered(spec: Any) -> Any:
+    """A data set's EnvSpec with the code that Gymnasium knows under its id, in place of the code that the file names.
+
+    A file may set parameters, but must not choose what is executed. Raises UserError for an id that is not known.
+    """
+    known, advice = gym.registry.get(spec.id), "choose one with --eval-env-id"
+    require(known is not None, f"the data name an environment that is not installed, {spec.id}: {advice}")
+    steps = spec.max_episode_steps
+    fine = steps is None or (type(steps) is int and 0 < steps <= 100_000)
+    require(fine, f"the data's environment {spec.id} has episodes of {steps} steps: {advice}")
+    code = dict(entry_point=known.entry_point, vector_entry_point=known.vector_entry_point, additional_wrappers=())
+    return dataclasses.replace(spec, **code)
 
 
 def flatten_observations(values: Any) -> np.ndarray:
@@ -466,14 +489,14 @@ def fetch(url: str, part: Path, size: int) -> None:
     if done == size:  # an earlier run was stopped between the last byte and the check
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if 0 < done < size else {})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=SILENCE) as answer:
         done = done if answer.status == 206 else 0
         offered = done + int(answer.headers.get("Content-Length", size - done))
         if offered != size:  # refused before a byte is written: an error page must not end up in the file
             raise OSError(f"offers {offered:,} bytes instead of {size:,}")
         bar = tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=url.rsplit("/")[-1])
         with bar, open(part, "ab" if done else "wb") as file:
-            while done < size and (chunk := answer.read(1 << 20)):
+            while done < size and (chunk := answer.read1(1 << 20)):
                 alone = os.fstat(file.fileno()).st_size == done
                 require(alone, f"another process writes {part}: wait until it has finished, then run again")
                 file.write(chunk)
@@ -707,6 +730,11 @@ def bellman_target(reward, terminal, next_value, gamma: float) -> torch.Tensor:
     return reward + gamma * torch.where(terminal, torch.zeros_like(next_value), next_value)
 
 
+def cosine(update: int, updates: int) -> float:
+    """A learning rate in update 1, 2, … as a share of the first: 1 falling to 0."""
+    return 0.5 * (1 + math.cos(math.pi * (update - 1) / updates))
+
+
 def policy_objective(q, alpha, kl_behaviour, eta, kl_previous) -> torch.Tensor:
     """Eq. (9) with its multiplier η (KKT): E_s[ E_π Q − α KL(π ‖ μ) − η KL(π ‖ π_i) ], (B,) each -> scalar."""
     return (q - alpha * kl_behaviour - eta * kl_previous).mean()
@@ -746,6 +774,13 @@ def explained_variance(pool: Dynamics, inputs: torch.Tensor, outputs: torch.Tens
     return 1 - error.var(1) / pool.output_std.square()
 
 
+def saved_update(state: dict, updates: int) -> int:
+    """How many of `updates` were done when `state` was saved. Raises UserError if that cannot be."""
+    fine = type(state["done"]) is int and 0 < state["done"] <= updates
+    require(fine, f"the checkpoint is from update {state['done']} of {updates}: use one that a run saved")
+    return state["done"]
+
+
 def train_dynamics(
     args: Args,
     data: dict[str, torch.Tensor],
@@ -772,6 +807,8 @@ def train_dynamics(
     low, high = (f(data["next_observations"], 0) for f in (torch.amin, torch.amax))
     pool.box.copy_(torch.stack([low - 0.1 * (high - low), high + 0.1 * (high - low)]))
 
+    few = f"only {len(inputs)} rows have a next state, which are too few to train and test models on"
+    require(len(inputs) >= 20, f"{few}: use at least 20")
     order = torch.randperm(len(inputs), device=device)
     num_held_out = min(len(inputs) // 10 + 1, 5000)
     held_in, held_out = inputs[order[:num_held_out]], outputs[order[:num_held_out]]
@@ -780,7 +817,7 @@ def train_dynamics(
     bootstrap = torch.randint(len(train_rows), size, device=device, dtype=torch.int32)
     optimizer = torch.optim.AdamW(pool.parameters(), lr=args.dynamics_lr, weight_decay=7.5e-5, fused=True)
     updates_per_epoch = max(1, len(train_rows) // args.dynamics_batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.dynamics_epochs * updates_per_epoch)
+    num_updates = args.dynamics_epochs * updates_per_epoch
     best = {k: v.detach().clone() for k, v in pool.net.state_dict().items()}
     best_error = torch.full((args.pool_size,), math.inf, device=device)
     stale_epochs, done = 0, 0
@@ -789,17 +826,20 @@ def train_dynamics(
         same = torch.equal(drawn.cpu(), state["drawn"].cpu())
         require(same, "the same seed draws other rows on this device or PyTorch: resume where the run began")
         with restoring("the checkpoint"):
+            pool.net.load_state_dict(state["best"])
+            best = {key: value.clone() for key, value in pool.net.state_dict().items()}
             pool.net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            best = {key: value.to(device) for key, value in state["best"].items()}
-            best_error, stale_epochs, done = state["best_error"].to(device), state["stale_epochs"], state["done"]
+            best_error, stale_epochs = state["best_error"].to(best_error).view_as(best_error), state["stale_epochs"]
+            done = saved_update(state, num_updates)
+            require(type(stale_epochs) is int, "its count of stale epochs is no number")
             set_rng_state(state["rng"])
     cause = "the dynamics models diverged: lower --dynamics-lr, or look for extreme values in the data"
     names = [f"loss of model {i}" for i in range(args.pool_size)]
     guard = Guard("dynamics update", names, dict.fromkeys(names, cause), dict.fromkeys(names, 1e4))
-    progress = bar(total=args.dynamics_epochs * updates_per_epoch, initial=done, desc="dynamics")
-    for update in range(done + 1, args.dynamics_epochs * updates_per_epoch + 1):
+    progress = bar(total=num_updates, initial=done, desc="dynamics")
+    for update in range(done + 1, num_updates + 1):
+        optimizer.param_groups[0]["lr"] = args.dynamics_lr * cosine(update, num_updates)
         columns = torch.randint(bootstrap.shape[1], (args.pool_size, args.dynamics_batch), device=device)
         rows = train_rows[bootstrap.gather(1, columns).long()]  # (pool, batch)
         mean, log_std = pool.standardised(inputs[rows])
@@ -809,7 +849,6 @@ def train_dynamics(
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         optimizer.step()
-        schedule.step()
         progress.update()
         if update % updates_per_epoch == 0:
             with torch.no_grad():
@@ -827,8 +866,7 @@ def train_dynamics(
             guard.check()
             checkpoint.save(
                 phase="dynamics", done=update, net=pool.net.state_dict(), optimizer=optimizer.state_dict(),
-                schedule=schedule.state_dict(), best=best, best_error=best_error, stale_epochs=stale_epochs,
-                drawn=drawn, rng=rng_state(),
+                best=best, best_error=best_error, stale_epochs=stale_epochs, drawn=drawn, rng=rng_state(),
             )  # fmt: skip
     guard.check()
     progress.close()
@@ -905,30 +943,28 @@ class PSPO(nn.Module):
     def clone_behaviour(self, bar: Callable, checkpoint: "Checkpoint | None" = None, state: dict | None = None) -> None:
         """μ by maximum likelihood on the data set; π and π_i start there. state: as in train_dynamics."""
         args, data = self.args, self.data
-        optimizer = torch.optim.Adam(self.behaviour.parameters(), lr=1e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.bc_updates)
+        optimizer, done = torch.optim.Adam(self.behaviour.parameters(), fused=True), 0
         if state:
             with restoring("the checkpoint"):
                 self.load_state_dict(state["learner"])
                 optimizer.load_state_dict(state["optimizer"])
-                schedule.load_state_dict(state["schedule"])
+                done = saved_update(state, args.bc_updates)
                 set_rng_state(state["rng"])
-        done = state["done"] if state else 0
         guard = Guard("behaviour update", ["loss"], {"loss": "look for extreme values in the data"}, {"loss": 1e4})
         for update in bar(range(done + 1, args.bc_updates + 1), initial=done, total=args.bc_updates, desc="behaviour"):
             rows = torch.randint(len(data["actions"]), (args.batch_size,), device=data["actions"].device)
+            optimizer.param_groups[0]["lr"] = 1e-3 * cosine(update, args.bc_updates)
             u = data["actions"][rows].clamp(-0.999, 0.999).atanh()
             loss = -gaussian_log_prob(u, *self.behaviour(data["observations"][rows])).mean()
             guard.add(update, loss.detach()[None])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            schedule.step()
             if checkpoint and checkpoint.due():
                 guard.check()
                 checkpoint.save(
                     phase="behaviour", done=update, learner=self.state_dict(), optimizer=optimizer.state_dict(),
-                    schedule=schedule.state_dict(), rng=rng_state(),
+                    rng=rng_state(),
                 )  # fmt: skip
         guard.check()
         self.behaviour.requires_grad_(False)
@@ -1176,6 +1212,9 @@ def command_line(args_class: type, description: str) -> Any:
             raise
 
     args = parse()
+    for name, value in vars(args).items():
+        fine = not isinstance(value, int) or abs(value) < 2**31
+        require(fine, f"--{name.replace('_', '-')} {value}: must be below {2**31:,}")
     if args.resume:
         saved = checkpoint_args(args_class, load_checkpoint(Path(args.resume)))
         given = vars(parse(default=saved))  # a flag that was not typed has the run's own value
@@ -1184,6 +1223,31 @@ def command_line(args_class: type, description: str) -> Any:
             flag, own = "--" + name.replace("_", "-"), f"{args.resume} has {value}"
             require(same, f"{flag} {given[name]}: {own}: leave {flag} out to go on, or --resume to start anew")
     return args
+
+
+def exit_cleanly(work: Callable[[], Any]) -> None:
+    """Call `work`; what a user can put right ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal can show γ
+    try:
+        work()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
+        message = str(UserError(f"{error}; the last checkpoint, if any, is intact"))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a type of its own for the GPU's memory only
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = str(UserError(str(error).split("[")[0][:200]))
+        message = f"out of memory ({reason}): use smaller batches, networks or data, or another machine"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def make_run_dir(args: Any) -> Path:
@@ -1289,6 +1353,20 @@ def checkpoint_args(args_class: type, saved: dict) -> Any:
         bad = [name for name, hint in get_type_hints(args_class).items() if not fits(getattr(args, name), hint)]
         require(not bad, f"the checkpoint has bad arguments ({', '.join(bad)}): use one that a run saved")
     return args
+
+
+def saved_history(saved: dict, iterations: int, columns: Sequence[str]) -> tuple[int, list[dict]]:
+    """(iteration, rows of metrics.csv) of a checkpoint. Raises UserError unless a run can have come that far."""
+    iteration, rows = saved["iteration"], saved["rows"]
+    steps = [row["iteration"] for row in rows]
+    fine = type(iteration) is int and 0 <= iteration <= iterations and steps == sorted(set(steps))
+    fine = fine and all(type(step) is int and 0 < step <= iteration for step in steps)
+    fine = fine and (iteration < iterations or steps[-1:] == [iteration])
+    for row in rows:
+        numbers = all(type(value) is float for key, value in row.items() if key != "iteration")
+        fine = fine and numbers and row.keys() == rows[0].keys() and row.keys() >= set(columns)
+    require(fine, "the checkpoint's history is not one of a run with its arguments: use one that a run saved")
+    return iteration, rows
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -1638,13 +1716,16 @@ def load_pool(path: Path | str, args: Args, dataset: Dataset, device: torch.devi
 
 def make_eval_env(args: Args, domain: str, dataset: Dataset, **kwargs) -> gym.Env:
     """The evaluation environment: --eval-env-id, else the data set's own (Minari), else -v4 (D4RL)."""
-    env_id = args.eval_env_id or dataset.env_spec or EVAL_ENVS.get(domain, "liquidation_env:Liquidation-v0")
+    env_id = args.eval_env_id or EVAL_ENVS.get(domain, "liquidation_env:Liquidation-v0")
+    if dataset.env_spec and not args.eval_env_id:
+        env_id = registered(dataset.env_spec)
     with warnings.catch_warnings():  # -v4 is what D4RL's data need; Gymnasium says that it is old every time
         warnings.filterwarnings("ignore", message=".*is out of date")
         try:
             return gym.make(env_id, **kwargs)
-        except gym.error.Error as error:
-            raise UserError(f"cannot make the evaluation environment {env_id}: {error}: check --eval-env-id") from error
+        except Exception as error:  # an unknown id, or whatever the environment's own code raises
+            what = f"cannot make the evaluation environment {getattr(env_id, 'id', env_id)}"
+            raise UserError(f"{what}: {type(error).__name__}: {error}: check --eval-env-id") from error
 
 
 def actor_file(actor: Actor, args: Args, domain: str, dataset: Dataset) -> dict:
@@ -1772,7 +1853,9 @@ def run(args: Args) -> Path:
         if not resumed:
             checkpoint.save(phase="start")
         state = resumed or {"phase": "start"}
-        phase = state["phase"]
+        phase = state.get("phase")
+        phases = ("start", "dynamics", "networks", "behaviour", "policy")
+        require(phase in phases, f"{run_dir}/checkpoint.pt is of no known phase: use one that a run saved")
         torch.manual_seed(args.seed)
 
         # Dynamics pool
@@ -1787,7 +1870,7 @@ def run(args: Args) -> Path:
             content |= {"dataset": dataset.name, "sizes": [*sizes, args.dynamics_hidden, args.dynamics_layers]}
             save_atomically(content, pool_path)
         else:
-            same = pool_path.exists() and file_sha256(pool_path) == state["pool_sha256"]
+            same = pool_path.exists() and file_sha256(pool_path) == state.get("pool_sha256")
             require(same, f"{pool_path} is not the file that this run wrote: restore it, or start anew")
             pool, report = load_pool(pool_path, args, dataset, device)
         checkpoint.identity["pool_sha256"] = file_sha256(pool_path)
@@ -1798,7 +1881,8 @@ def run(args: Args) -> Path:
         if phase in ("start", "dynamics"):
             checkpoint.save(phase="networks", rng=rng_state())
         elif phase == "networks":
-            set_rng_state(state["rng"])
+            with restoring(run_dir / "checkpoint.pt"):
+                set_rng_state(state["rng"])
         learner = PSPO(args, data, domain)
         if phase != "policy":
             learner.clone_behaviour(bar, checkpoint, state if phase == "behaviour" else None)
@@ -1811,8 +1895,9 @@ def run(args: Args) -> Path:
                 learner.actor_optimizer.load_state_dict(state["actor_optimizer"])
                 learner.critic_optimizer.load_state_dict(state["critic_optimizer"])
                 set_rng_state(state["rng"])
-                log, done, sums = RunLog(run_dir, state["rows"]), state["iteration"], state["sums"]
-                sums = None if sums is None else sums.to(device)
+                columns = ("eval/score", "eval/return", "eval/predicted_return")
+                done, rows = saved_history(state, args.iterations, columns)
+                log, sums = RunLog(run_dir, rows), None if state["sums"] is None else state["sums"].to(device)
 
         # Policy iteration
         guard = None
@@ -1824,6 +1909,7 @@ def run(args: Args) -> Path:
                 learner.redraw(pool)
             values = learner.iterate()
             row = torch.stack([value.detach().float() for value in values.values()])
+            require(sums is None or sums.shape == row.shape, "the checkpoint's sums are not those of the metrics")
             sums = row if sums is None else sums + row
             guard = guard or Guard("iteration", list(values), DIVERGENCE, learner.metric_bounds())
             guard.add(iteration, row)
@@ -1903,17 +1989,7 @@ def run(args: Args) -> Path:
 
 
 def main() -> None:
-    try:
-        run(command_line(Args, __doc__.split("\n\n")[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
-        print(f"error: {error}; the last checkpoint, if any, is intact", file=sys.stderr)
-        raise SystemExit(2) from None
+    exit_cleanly(lambda: run(command_line(Args, __doc__.split("\n\n")[0])))
 
 
 if __name__ == "__main__":
