@@ -20,6 +20,7 @@ import os
 import pickle
 import platform
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -94,12 +95,13 @@ def flags(settings: dict) -> list[str]:
     return words
 
 
-def call(script: str, words: list[str], prepare=lambda: None, kill_after: float | None = None, limit: float = 120):
-    """(exit code, stderr) of `python SCRIPT words…`, figure and optimum left out; −9: killed; −14: it hung."""
+def call(script: str, words: list[str], prepare=lambda: None, kill_after: float | None = None):
+    """(exit code, stderr) of `python SCRIPT words…`, figure and optimum left out; −9: killed; −14, −24: it hung."""
     with tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if not pid:
-            signal.alarm(int(limit))
+            signal.alarm(900)  # waits for nothing; the other limit is of its own processor time
+            resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
             code = 99
             try:
                 out = open(os.devnull, "w")
@@ -625,7 +627,7 @@ def hostile(family: str, number: int, seed: int, given: dict, folder: Path) -> t
             print(f"not makeable: {type(error).__name__}: {error}", file=sys.stderr)
             return
         words = [*words, f"--runs-dir={case / 'runs'}"] if not any("--resume" in word for word in words) else words
-        code, err = call(script, words, lambda: os.chdir(case), limit=60)
+        code, err = call(script, words, lambda: os.chdir(case))
         lines = [line for line in err.splitlines() if line.strip()]
         wrong = []
         if code == 2:
@@ -635,7 +637,7 @@ def hostile(family: str, number: int, seed: int, given: dict, folder: Path) -> t
         elif code == 0:
             outcomes["success"] += 1
         else:
-            wrong.append({-14: "hung", 99: "traceback"}.get(code, f"exit code {code}"))
+            wrong.append({-14: "hung", -24: "hung", 99: "traceback"}.get(code, f"exit code {code}"))
         if "Traceback" in err:
             wrong.append("traceback")
         if (case / "bomb").exists():

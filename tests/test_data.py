@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import importlib
+import socketserver
 import sys
 import threading
 from pathlib import Path
@@ -531,6 +532,82 @@ def test_download_by_two_processes_at_once(script, server, remote):
     with pytest.raises(script.UserError, match="another process"):
         script.load_dataset(NAME, mirrors=(server.url,))
     assert part.read_bytes() == b"another's" and not path.exists()
+
+
+def test_download_from_a_slow_server(script, server, remote):
+    """What has arrived is written at once, so that a stop loses nothing."""
+    content, path, part = remote
+    seen, half = [], len(content) // 2
+
+    def pause():
+        server.cut = half
+        threading.Timer(0.3, lambda: seen.append(part.stat().st_size)).start()
+
+    original = http.server.BaseHTTPRequestHandler.finish
+
+    def wait(handler):  # the connection stays open after the first half
+        threading.Event().wait(0.6)
+        original(handler)
+
+    server.during, http.server.BaseHTTPRequestHandler.finish = pause, wait
+    try:
+        with pytest.raises(script.UserError, match="broke after"):
+            script.load_dataset(NAME, mirrors=(server.url,))
+    finally:
+        http.server.BaseHTTPRequestHandler.finish = original
+    server.cut, server.during = None, lambda: None
+    script.load_dataset(NAME, mirrors=(server.url,))
+    assert path.read_bytes() == content and server.ranges == [None, f"bytes={half}-"]
+    assert seen == [half]
+
+
+def test_download_from_a_silent_server(script, server, remote, monkeypatch):
+    _, path, _ = remote
+    monkeypatch.setattr(script, "SILENCE", 0.2)
+    server.during = lambda: threading.Event().wait(1)
+    with pytest.raises(script.UserError, match="timed out"):
+        script.load_dataset(NAME, mirrors=(server.url,))
+    assert not path.exists()
+
+
+ANSWERS = {  # what a server can say; None: the file is whole afterwards
+    "nothing": (lambda body: b"", "cannot download"),
+    "nonsense": (lambda body: b"hello\r\n\r\n", "cannot download"),
+    "half a header": (lambda body: b"HTTP/1.1 200 OK\r\nContent-Le", "offers|broke after"),
+    "no length": (lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + body, None),
+    "no length, too short": (lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + body[:-9], "broke after"),
+    "no length, too long": (lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + body + b"x", "wrong SHA-256"),
+    "length in words": (lambda body: b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body, "cannot download"),
+    "a range not asked for": (
+        lambda body: b"HTTP/1.1 206 OK\r\nContent-Length: %d\r\n\r\n" % (len(body) - 5) + body[5:], "offers"
+    ),
+    "round and round": (lambda body: b"HTTP/1.1 302 Found\r\nLocation: /data/x\r\n\r\n", "redirect"),
+    "too many requests": (lambda body: b"HTTP/1.1 429 Slow Down\r\nContent-Length: 0\r\n\r\n", "429"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_download_from_a_strange_server(script, remote, monkeypatch, case):
+    """One line or the whole file, whatever is answered; never another file under its name."""
+    monkeypatch.setenv("no_proxy", "*")
+    content, path, _ = remote
+    answer, message = ANSWERS[case]
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(10_000)
+            self.request.sendall(answer(content))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as tcp:
+        threading.Thread(target=tcp.serve_forever, args=(0.01,), daemon=True).start()
+        mirror = f"http://127.0.0.1:{tcp.server_address[1]}"
+        if message is None:
+            script.load_dataset(NAME, mirrors=(mirror,))
+        else:
+            with pytest.raises(script.UserError, match=message):
+                script.load_dataset(NAME, mirrors=(mirror,))
+        tcp.shutdown()
+    assert path.read_bytes() == content if message is None else not path.exists()
 
 
 def test_other_data_under_a_d4rl_name_are_named_so(script, remote):

@@ -5,6 +5,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -678,6 +679,45 @@ def test_divergence_is_named(tmp_path, no_figure, settings, words):
     """Numbers that run away stop the run with the reason, before they reach the environment."""
     with pytest.raises(pspo.UserError, match=words):
         train(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "words"),
+    [
+        (pspo, "beta_nll", 50, r"dynamics update 50: loss of model 0, .* not finite: the dynamics models diverged"),
+        (pspo.PSPO, "model_targets", 13, r"iteration 13: critic/target_max, critic/loss.* not finite: the critic"),
+        (
+            pspo.Dynamics,
+            "split",
+            60,
+            r"iteration \d+: rollout/state_max.* not finite: the dynamics models' predictions",
+        ),
+        (pspo, "policy_objective", 33, r"iteration 33: policy/objective not finite: the policy diverges"),
+    ],
+    ids=["loss", "target", "prediction", "policy"],
+)
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    reference, tmp_path, monkeypatch, no_figure, owner, name, call, words
+):
+    """Each tensor made NaN once: it is named with its step; the checkpoint before it leads to the uninterrupted run."""
+    original, count = getattr(owner, name), itertools.count(1)
+
+    def spoiled(*args):
+        result = original(*args)
+        if next(count) != call:
+            return result
+        return (
+            tuple(x * math.nan if x.is_floating_point() else x for x in result)
+            if type(result) is tuple
+            else (result * math.nan)
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(pspo.UserError, match=words):
+        patch.setattr(owner, name, spoiled)
+        train(tmp_path)
+    run_dir = only_folder(tmp_path)
+    pspo.run(pspo.Args(resume=str(run_dir)))
+    assert_same(run_dir, reference[0])
 
 
 def test_errors_of_the_whole_program(tmp_path):
