@@ -685,7 +685,7 @@ def test_divergence_is_named(tmp_path, no_figure, settings, words):
     ("owner", "name", "call", "words"),
     [
         (pspo, "beta_nll", 50, r"dynamics update 50: loss of model 0, .* not finite: the dynamics models diverged"),
-        (pspo.PSPO, "model_targets", 13, r"iteration 13: critic/target_max, critic/loss.* not finite: the critic"),
+        (pspo, "bellman_target", 37, r"iteration 13: critic/target_max, critic/loss.* not finite: the critic"),
         (
             pspo.Dynamics,
             "split",
