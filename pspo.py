@@ -1642,7 +1642,7 @@ def plot(result: dict, curve: list[dict], target: np.ndarray, uncertainty: np.nd
         sold = act(grid.astype(np.float32)).clip(0, 1).reshape(20, -1)
         image = axes[3].pcolormesh(step, price, sold.T, cmap="Blues", vmin=0, vmax=1, shading="nearest")
         fig.colorbar(image, ax=axes[3], label="fraction sold")
-        for gamma, style in {1.0: "-", result["args"]["gamma"]: "--"}.items():
+        for gamma, style in {result["args"]["gamma"]: "--", 1.0: "-"}.items():
             boundary = liquidation_env.optimal_value(discount=gamma).boundary
             axes[3].plot(step, np.maximum(boundary, 0.5), "r" + style, lw=1.5, label=f"exact boundary, γ = {gamma:g}")
         axes[3].set(xlabel="step", ylabel="price", title="Where it sells (inventory 100)")
