@@ -968,7 +968,9 @@ def checkpoint_args(args_class: type, saved: dict) -> Any:
         if get_origin(hint) is Literal:
             return value in get_args(hint)
         if get_origin(hint) is tuple:
-            return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+            kinds = [kind for kind in get_args(hint) if kind is not ...]
+            kinds = kinds if len(kinds) > 1 else kinds * len(value)  # (x, y, z), or any number of x
+            return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
         if get_args(hint):  # a union
             return any(fits(value, choice) for choice in get_args(hint))
         return type(value) is hint

@@ -24,26 +24,31 @@ Run it:
     python steer_poe.py --resume runs/<run folder>          # goes on where a run stopped
 """
 
+import contextlib
 import csv
-import dataclasses
 import difflib
 import functools
 import hashlib
 import http.client
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
+import signal
 import sys
+import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -167,7 +172,7 @@ class Args:
     runs_dir: str = "runs"
     """the folder that run folders are made in"""
     resume: str | None = None
-    """a run folder to go on with; its own arguments are used, all others are ignored"""
+    """a run folder to go on with, with its own arguments; another flag that contradicts them is refused"""
 
     # --- Data and environment ---
     env_id: str = "liquidation"
@@ -243,7 +248,7 @@ class UserError(Exception):
     """Something the user can put right, on one line: what is wrong, then the remedy (main: exit code 2)."""
 
     def __init__(self, message: str):
-        super().__init__(message.replace("\n", " "))
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 def require(condition: bool, message: str) -> None:
@@ -1048,42 +1053,89 @@ def diagnose(
 
 
 # --- Run folder: identical in every script of this project (tests/test_shared_blocks.py) ---
+SCRIPT = Path(__file__).read_bytes()  # as it was imported: a run folder keeps it, a checkpoint knows its hash
+MAY_CHANGE = ("track", "wandb_project", "capture_video", "checkpoint_minutes")  # what --resume heeds of other flags
+
+
+def command_line(args_class: type, description: str) -> Any:
+    """The command line as an `args_class`. Raises UserError: also for a flag that contradicts the run of --resume."""
+
+    def parse(**options) -> Any:
+        text = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(text):
+                return tyro.cli(args_class, description=description, **options)
+        except SystemExit as error:
+            lines = [line.strip("╭╮╰╯│─ ") for line in text.getvalue().splitlines()[1:]]
+            require(not error.code, ": ".join(filter(None, lines)))  # 0: --help, which is printed by now
+            raise
+
+    args = parse()
+    if args.resume:
+        saved = checkpoint_args(args_class, load_checkpoint(Path(args.resume)))
+        given = vars(parse(default=saved))  # a flag that was not typed has the run's own value
+        for name, value in vars(saved).items():
+            same = given[name] == value or name in (*MAY_CHANGE, "resume")
+            flag, own = "--" + name.replace("_", "-"), f"{args.resume} has {value}"
+            require(same, f"{flag} {given[name]}: {own}: leave {flag} out to go on, or --resume to start anew")
+    return args
 
 
 def make_run_dir(args: Any) -> Path:
-    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json in it. Raises UserError."""
-    name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    """<runs_dir>/<env>__<exp>__<seed>__<time>, new, with args.json and this script in it. Raises UserError."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
     run_dir, number = Path(args.runs_dir) / name, 2
     try:
         while run_dir.exists():  # another run started in this second
             run_dir, number = run_dir.with_name(f"{name}-{number}"), number + 1
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        (run_dir / Path(__file__).name).write_bytes(SCRIPT)
     except OSError as error:
         raise UserError(f"cannot write {run_dir}: {error}: choose another --runs-dir") from error
     return run_dir
 
 
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file, flush, rename: `path` is always a whole file. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, which becomes `path` when the block has ended well: `path` is always a whole file."""
+    part = path.with_stem(path.stem + ".part")
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
+        yield part
+        if part.exists():
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save and the file's SHA-256 after it, flushed to the disk, then renamed. Raises UserError."""
+    try:
+        with replacing(path) as part, open(part, "w+b") as file:
+            torch.save(content, file)  # its zip format has no checksum that torch.load would check
+            file.seek(0)
+            file.write(b"sha256:" + hashlib.file_digest(file, "sha256").hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}: free space or choose another --runs-dir") from error
 
 
 def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
-    """Read what save_atomically wrote; nothing in it is executed. Raises UserError unless it is of that kind."""
+    """Read what save_atomically wrote; nothing in it is executed. Raises UserError unless it is whole and of that kind.
+
+    A file without a checksum is read too: one that a user made with torch.save.
+    """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        data = Path(path).read_bytes()
+        data, mark, digest = data[:-71], data[-71:-64], data[-64:]
+        altered = mark == b"sha256:" and hashlib.sha256(data).hexdigest().encode() != digest
+        require(not altered, f"{path} was altered or damaged (wrong SHA-256): use one that a run saved")
+        content = torch.load(io.BytesIO(data + mark + digest), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {kind} file") from None
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises many types on broken files
         reason = f"{type(error).__name__}: {error}"[:160]
         raise UserError(f"{path} is not a readable {kind} file ({reason}): use one that a run saved") from None
@@ -1092,27 +1144,189 @@ def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
     return content
 
 
+@contextlib.contextmanager
+def restoring(path: Path | str) -> Iterator[None]:
+    """Whatever goes wrong while a readable file is put to use is the file's fault. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a key, a type, a shape
+        reason = f"{type(error).__name__}: {error}"[:160]
+        raise UserError(f"{path} does not fit this run ({reason}): use one that a run saved") from error
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """RUN_DIR/checkpoint.pt, refused if another version of this script wrote it. Raises UserError."""
+    path, name = run_dir / "checkpoint.pt", Path(__file__).name
+    saved = load_tensors(path, f"{Path(name).stem} checkpoint")
+    ours, theirs = hashlib.sha256(SCRIPT).hexdigest()[:12], str(saved.get("script_sha256"))[:12]
+    remedy = f"PYTHONPATH={shlex.quote(str(Path(__file__).parent))} python {shlex.quote(str(run_dir / name))}"
+    remedy = f"go on with the version that it kept: {remedy} --resume {shlex.quote(str(run_dir))}"
+    require(ours == theirs, f"{path} is of {name} with SHA-256 {theirs}, this is {ours}: {remedy}")
+    return saved
+
+
+def checkpoint_args(args_class: type, saved: dict) -> Any:
+    """The arguments in a checkpoint, their types checked. Raises UserError."""
+
+    def fits(value: Any, hint: Any) -> bool:
+        if get_origin(hint) is Literal:
+            return value in get_args(hint)
+        if get_origin(hint) is tuple:
+            kinds = [kind for kind in get_args(hint) if kind is not ...]
+            kinds = kinds if len(kinds) > 1 else kinds * len(value)  # (x, y, z), or any number of x
+            return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
+        if get_args(hint):  # a union
+            return any(fits(value, choice) for choice in get_args(hint))
+        return type(value) is hint
+
+    with restoring("the checkpoint"):
+        args = args_class(**saved["args"])
+        bad = [name for name, hint in get_type_hints(args_class).items() if not fits(getattr(args, name), hint)]
+        require(not bad, f"the checkpoint has bad arguments ({', '.join(bad)}): use one that a run saved")
+    return args
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a run depend on beside script, arguments and data."""
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+    return {
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
+        "platform": platform.platform(), "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
+    }  # fmt: skip
+
+
+class Checkpoint:
+    """RUN_DIR/checkpoint.pt: what it knows of its run, when it is written, and how a run ends before its time.
+
+    Inside `with`, Ctrl-C and SIGTERM are noted and make `due()` true: the script saves at its next step, and the run
+    ends there with the command to go on with, exit code 130 or 143. A second one ends it at once; the checkpoint
+    before stays.
+    """
+
+    def __init__(self, run_dir: Path, identity: dict, minutes: float, seconds: float = 0.0):
+        self.run_dir, self.identity, self.minutes = run_dir, identity, minutes
+        self.signal, self.at_once, self.handlers = None, False, {}
+        self.saved = time.monotonic()
+        self.started = self.saved - seconds  # of the whole run, what came before --resume included
+
+    def check(self, saved: dict) -> None:
+        """Refuse what was saved with other data or another environment; name what else differs. Raises UserError."""
+        remedies = dict(environment="install what it ran in", data_sha256="restore the data, or start anew")
+        for key, remedy in remedies.items():
+            ours, theirs, what = self.identity[key], saved.get(key), key.removesuffix("_sha256")
+            what = f"{self.run_dir} was trained on other {what} ({str(theirs)[:60]}) than there is now ({ours[:60]})"
+            require(ours == theirs, f"{what}: {remedy}")
+        for key, ours in self.identity["machine"].items():
+            theirs = saved.get("machine", {}).get(key)
+            if ours != theirs and key != "platform":
+                print(f"note: {key} was {theirs}, is {ours}: numbers may differ from an uninterrupted run's")
+
+    def __enter__(self) -> "Checkpoint":
+        if threading.current_thread() is threading.main_thread():  # no other may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in a background job
+                    self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        first, self.signal = self.signal is None, number
+        if self.at_once or not first:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping at the next step (the same again: at once)\n")  # print is not safe in here
+
+    def due(self) -> bool:
+        """After a signal, or `minutes` after the last checkpoint; costs nothing worth mentioning."""
+        return self.signal is not None or time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, **content) -> None:
+        """Replace the last checkpoint; then, after a signal, end the run. Raises UserError, KeyboardInterrupt."""
+        content = self.identity | content | {"seconds": time.monotonic() - self.started}
+        save_atomically(content, self.run_dir / "checkpoint.pt")
+        self.saved = time.monotonic()
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """Nothing is left to save: from here on a signal ends the run at once."""
+        self.at_once = True
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            command = f"python {Path(__file__).name} --resume {shlex.quote(str(self.run_dir))}"
+            exists = (self.run_dir / "checkpoint.pt").exists()
+            message = f"go on with {command}" if exists else "no checkpoint yet, run the same command again"
+            print(f"\ninterrupted: {message}", file=sys.stderr)
+            raise SystemExit(128 + (self.signal or signal.SIGINT)) from None
+
+
+class Guard:
+    """Stops a run whose numbers run away, without waiting for the device at every step: it looks at 100 at a time.
+
+    names: the entries of a row, in the order in which they are computed, so that the first bad one is the cause.
+    causes: what to tell the user, by the first part of a name ("critic" of "critic/loss"). bounds: what an entry
+    can be at most; it runs away when it is 100 times that, and 100 times what it was at first.
+    """
+
+    def __init__(self, what: str, names: Sequence[str], causes: dict[str, str], bounds: dict[str, float]):
+        self.what, self.names, self.causes = what, list(names), causes
+        self.bounds = torch.tensor([100 * bounds.get(name, math.inf) for name in names])
+        self.steps, self.rows, self.first = [], [], True
+
+    def add(self, step: int, row: torch.Tensor) -> None:
+        """row: (names,), which nobody writes to later. Raises UserError, at the latest 100 steps later."""
+        self.steps.append(step)
+        self.rows.append(row)
+        if len(self.rows) == 100:
+            self.check()
+
+    def check(self) -> None:
+        """Look at the rows that were added since the last time. Raises UserError."""
+        if not self.rows:
+            return
+        rows, steps = torch.stack(self.rows).abs().cpu(), self.steps
+        self.steps, self.rows = [], []
+        if self.first:  # before anything was learnt
+            self.bounds, self.first = torch.maximum(self.bounds, 100 * rows[0].nan_to_num(0, 0)), False
+        bad = ~(rows.isfinite() & (rows <= self.bounds))
+        if bad.any():
+            i = int(bad.any(1).nonzero()[0])
+            names = [name for name, is_bad in zip(self.names, bad[i].tolist(), strict=True) if is_bad]
+            how = "exploding" if rows[i][bad[i]].isfinite().all() else "not finite"
+            cause = self.causes[names[0].split("/")[0]]
+            raise UserError(f"{self.what} {steps[i]}: {', '.join(names)} {how}: {cause}")
+
+
 class RunLog:
     """metrics.csv and TensorBoard in one; `rows` is the whole history, part of the checkpoint."""
 
     def __init__(self, run_dir: Path, rows: list[dict]):
-        self.run_dir, self.rows = run_dir, rows
-        self.writer = SummaryWriter(str(run_dir), purge_step=rows[-1]["iteration"] + 1 if rows else None)
-        self.write_csv(rows, "w")
+        self.path, self.rows = run_dir / "metrics.csv", rows
+        # TensorBoard forgets what an earlier process logged after the checkpoint
+        self.writer = SummaryWriter(str(run_dir), purge_step=rows[-1]["iteration"] + 1 if rows else 0)
+        self.write_csv()
 
-    def write_csv(self, rows: list[dict], mode: str) -> None:
-        with open(self.run_dir / "metrics.csv", mode, newline="") as file:
+    def write_csv(self) -> None:
+        with replacing(self.path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.rows[0] if self.rows else [])
-            if mode == "w" and self.rows:
+            if self.rows:
                 writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def append(self, row: dict) -> None:
-        """A row has the key "iteration" and the same keys every time."""
+        """A row has the key "iteration" and the same keys every time. It is in both files when this returns."""
         self.rows.append(row)
-        self.write_csv([row], "a" if len(self.rows) > 1 else "w")
+        self.write_csv()
         for key, value in row.items():
             self.writer.add_scalar(key, value, row["iteration"])
+        self.writer.flush()
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -1351,12 +1565,10 @@ class EpisodeTable:
                 break
             self.done += 1
         self.rows = rows[: self.done * episodes]
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "w", newline="") as file:
+        with replacing(path) as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.fields)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(temporary, path)
 
     def append(self, task: tuple, weights: np.ndarray, played: dict[str, np.ndarray]) -> None:
         """The episodes of one configuration; the goal's objective is weights · features, summed over an episode."""
@@ -1414,13 +1626,16 @@ def compare_selector(summary: list[dict], rule: str, chosen: dict[tuple, float])
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
+    with replacing(path) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
 COLOURS = {"poe": "C0", "kl-reg": "C2", "additive": "C1", "prior-only": "C3", "critic-greedy": "C4", "iql-guided": "C5"}
+
+
+CURVES = {"objective": "", "return": "_return"}  # what is drawn, and how its file name ends
 
 
 def plot_curves(summary: list[dict], env_id: str, what: str, path: Path) -> None:
@@ -1547,15 +1762,10 @@ def resolve(args: Args) -> tuple[Args, str, dict[str, tuple[float, ...]]]:
     return args, domain, goals
 
 
-def frozen_actor(
-    args: Args, domain: str, dataset: Dataset, data: Data, advantage: torch.Tensor, bar: Callable
-) -> Actor:
-    """The actor that --actor names, refused unless it fits the task. Raises UserError."""
-    dims = data.obs.shape[1], data.action.shape[1]
+def given_actor(args: Args, domain: str, dataset: Dataset) -> Actor | None:
+    """The actor that --actor names, refused unless it fits the task; None for one to be trained. Raises UserError."""
     if args.actor in ("bc", "awr"):
-        column = advantage[:, :1] if args.actor == "awr" else torch.zeros_like(advantage[:, :1])
-        weights = regression_weights(column, args.temperature, args.weight_clip)
-        return weighted_regression(args, data, weights, SQUASHES[0], None, bar, "frozen actor").cpu()
+        return None
     if args.actor == "dataset":
         folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
         listed = folder / Path(D4RL_FILES[args.env_id][0]).name if args.env_id in D4RL_FILES else None
@@ -1567,13 +1777,12 @@ def frozen_actor(
         path = args.actor
         content = load_tensors(path, "actor")
         theirs = content.get("domain")
-        require(
-            theirs == domain, f"--actor {path} was trained on {theirs}, this is {domain}: give an actor of this task"
-        )
+        require(theirs == domain, f"--actor {path} is of {theirs}, this is {domain}: give an actor of this task")
         actor = Actor.from_file(content, path)
     have = len(actor.obs_mean), actor(torch.zeros(1, len(actor.obs_mean)))[0].shape[1]
-    what = f"--actor {path} has {have[0]} observations and {have[1]} actions, {dataset.name} {dims[0]} and {dims[1]}"
-    require(have == dims, f"{what}: give an actor of this task")
+    need = dataset.observations.shape[1], dataset.actions.shape[1]
+    what = f"--actor {path} has {have[0]} observations and {have[1]} actions, {dataset.name} {need[0]} and {need[1]}"
+    require(have == need, f"{what}: give an actor of this task")
     return actor
 
 
@@ -1617,15 +1826,11 @@ def print_result(result: dict, summary: list[dict], run_dir: Path) -> None:
 
 def run(args: Args) -> Path:
     """Learn the prior, steer, evaluate; returns the run folder."""
-    started = time.time()
-    resumed = None
+    resumed, run_dir = None, Path(args.resume or "")
     if args.resume:
-        run_dir = Path(args.resume)
-        resumed = load_tensors(run_dir / "checkpoint.pt", "steer_poe checkpoint")
-        fields = {field.name for field in dataclasses.fields(Args)}
-        same = set(resumed["args"]) == fields
-        require(same, f"{run_dir}/checkpoint.pt is of another version of steer_poe.py: resume it with that version")
-        args = Args(**resumed["args"] | {"resume": args.resume})
+        resumed, capture_video = load_checkpoint(run_dir), args.capture_video
+        args = checkpoint_args(Args, resumed)
+        args.capture_video = capture_video or args.capture_video
     args, domain, goals = resolve(args)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -1647,37 +1852,43 @@ def run(args: Args) -> Path:
     for shift in args.shifts:  # before anything is trained
         env = make_env(shift=shift)
         check_spaces(dataset, env)
+        environment = env.spec.id
         env.close()
+    actor = given_actor(args, domain, dataset)
     weights = {name: np.array(values, np.float64) for name, values in goals.items()}
     featurise = functools.partial(features, domain)
     rows = featurise(dataset.observations, dataset.actions)  # (N, 3)
     goal_rewards = rows @ np.stack(list(weights.values()), 1)  # (N, G)
     names, obs_std = FEATURES[domain], dataset.observations.std(0)
-    print(
-        "features  "
-        + ", ".join(f"{n} {m:.3g} ± {s:.3g}" for n, m, s in zip(names, rows.mean(0), rows.std(0), strict=True))
-    )
+    pairs = zip(names, rows.mean(0), rows.std(0), strict=True)
+    print("features  " + ", ".join(f"{name} {mean:.3g} ± {std:.3g}" for name, mean, std in pairs))
     # The prior is told the goal as its weights in standard deviations of the features, of length 1.
     told = np.stack(list(weights.values())) * rows.std(0)
     told = torch.as_tensor(told / np.linalg.norm(told, axis=1, keepdims=True).clip(1e-12), dtype=torch.float32)
 
     # Run folder
-    if resumed:
-        same = resumed["data_sha256"] == dataset.sha256
-        require(
-            same, f"{run_dir} was trained on other data than {dataset.name} is now: restore the data, or start anew"
-        )
-    else:
-        run_dir = make_run_dir(args)
+    run_dir = run_dir if resumed else make_run_dir(args)
+    identity = {
+        "kind": "steer_poe checkpoint", "script_sha256": hashlib.sha256(SCRIPT).hexdigest(), "args": vars(args),
+        "data_sha256": dataset.sha256, "environment": environment, "machine": machine(device),
+    }  # fmt: skip
+    with restoring(run_dir / "checkpoint.pt"):
+        checkpoint = Checkpoint(run_dir, identity, math.inf, resumed["seconds"] if resumed else 0.0)
+        if resumed:
+            checkpoint.check(resumed)
+    checkpoint.at_once = True  # a signal need not wait: learning starts again, episodes.csv has what was played
     print(f"run folder: {run_dir}")
 
-    try:
+    with checkpoint:
         # Frozen actor, prior and critic, or the checkpoint's
+        if not resumed:
+            checkpoint.save(phase="learning")
         torch.manual_seed(args.seed)
-        if resumed:
-            actor, prior = (Actor.from_file(resumed[key], run_dir / "checkpoint.pt") for key in ("actor", "prior"))
-            report, critic = resumed["report"], Critic(*resumed["critic_sizes"])
-            critic.load_state_dict(resumed["critic"])
+        if resumed and resumed["phase"] == "playing":
+            with restoring(run_dir / "checkpoint.pt"):
+                actor, prior = (Actor.from_file(resumed[key], run_dir / "checkpoint.pt") for key in ("actor", "prior"))
+                report, critic = resumed["report"], Critic(*resumed["critic_sizes"])
+                critic.load_state_dict(resumed["critic"])
         else:
             tensor = functools.partial(torch.as_tensor, device=device)
             std = torch.where(tensor(obs_std) > 1e-6, tensor(obs_std), torch.ones_like(tensor(obs_std)))
@@ -1687,18 +1898,21 @@ def run(args: Args) -> Path:
                 tensor(dataset.terminals), episode_ends(dataset), tensor(dataset.observations.mean(0)), std,
             )  # fmt: skip
             critic, advantage = train_critic(args, data, bar)
-            actor = frozen_actor(args, domain, dataset, data, advantage, bar)
+            if actor is None:  # a clone is weighted by nothing, awr's by the task's advantage
+                task = advantage[:, :1] if args.actor == "awr" else torch.zeros_like(advantage[:, :1])
+                weighted = regression_weights(task, args.temperature, args.weight_clip)
+                actor = weighted_regression(args, data, weighted, SQUASHES[0], None, bar, "frozen actor").cpu()
+            before = actor.sha256()
             row_weights = regression_weights(advantage[:, 1:], args.temperature, args.weight_clip)
             effective = row_weights.mean(0).square() / row_weights.square().mean(0)
-            report = {"effective_rows": dict(zip(goals, effective.tolist(), strict=True))}
+            report = {"frozen_sha256": before, "effective_rows": dict(zip(goals, effective.tolist(), strict=True))}
             report["advantage_std"] = dict(zip(("task", *goals), critic.advantage_std.tolist(), strict=True))
             prior = weighted_regression(args, data, row_weights, actor.squash, told.to(device), bar, "prior").cpu()
             critic, sizes = critic.cpu(), [*data.obs.shape[1:], *data.action.shape[1:], 1 + len(goals), args.hidden]
-            content = {"kind": "steer_poe checkpoint", "args": vars(args), "data_sha256": dataset.sha256}
-            content |= {"actor": actor.to_file(), "prior": prior.to_file(), "report": report, "critic_sizes": sizes}
-            content |= {"critic": critic.state_dict()}
-            save_atomically(content, run_dir / "checkpoint.pt")
-        before = actor.sha256()
+            checkpoint.save(
+                phase="playing", actor=actor.to_file(), prior=prior.to_file(), critic=critic.state_dict(),
+                critic_sizes=sizes, report=report,
+            )  # fmt: skip
         steering = Steering(actor, prior, told, critic).requires_grad_(False)
 
         # The KL-budget selector, on states of the data
@@ -1723,14 +1937,8 @@ def run(args: Args) -> Path:
         for task in tasks[table.done :]:
             kind, shift, goal, rule, alpha = task
             progress.set_postfix_str(f"{goal} {rule} {alpha:g}")
-            act = functools.partial(
-                steering.act,
-                goal=list(goals).index(goal),
-                kind=kind,
-                rule=rule,
-                alpha=alpha,
-                stochastic=args.stochastic,
-            )
+            options = dict(goal=list(goals).index(goal), kind=kind, rule=rule, alpha=alpha)
+            act = functools.partial(steering.act, **options, stochastic=args.stochastic)
             obs_noise = SHIFTS[shift] * obs_std if shift == "observation-noise" else 0.0
             rest = featurise, args.episodes, args.seed + 20_000, obs_noise, SHIFTS[shift] * (shift == "action-noise")
             if domain == "liquidation" and args.eval_env_id is None:
@@ -1741,68 +1949,69 @@ def run(args: Args) -> Path:
             table.append(task, weights[goal], played)
             progress.update(args.episodes)
         progress.close()
-    except KeyboardInterrupt:
-        if (run_dir / "checkpoint.pt").exists():
-            print(f"\ninterrupted: go on with python steer_poe.py --resume {run_dir}", file=sys.stderr)
-        else:
-            print("\ninterrupted before the first checkpoint: run the same command again", file=sys.stderr)
-        raise SystemExit(130) from None
 
-    # Final result
-    summary = summarise(table)
-    selector = compare_selector(summary, args.rule, chosen)
-    for row in selector:
-        row["kl"] = kls[row["prior"], row["goal"]]
-    diagnostics = []
-    for kind, goal in dict.fromkeys((prior, goal) for prior, _, goal in cells):
-        number = list(goals).index(goal)
-        reward_range = max(goal_rewards[:, number].max(), 0) - min(goal_rewards[:, number].min(), 0)
-        for rule, alpha in configurations(args, chosen[kind, goal]):
-            row = {"prior": kind, "goal": goal, "rule": rule, "alpha": alpha}
-            diagnostics.append(row | diagnose(steering, states, noise, number, kind, rule, alpha, float(reward_range)))
-    goal = list(goals).index(args.goal)
-    alpha = chosen["clean", args.goal]
-    identity = identity_check(alpha or 0.5, *steering.gaussians(states, goal, "clean", noise[0]))
-    after = actor.sha256()
-    require(before == after, "the frozen actor has changed: this is a defect of steer_poe.py, please report it")
-    about = {"script": "steer_poe", "env_id": args.env_id, "domain": domain, "data_sha256": dataset.sha256}
-    save_atomically(
-        {
-            "kind": "steered actor", **about, "goal": args.goal, "goal_weights": list(goals[args.goal]),
-            "rule": args.rule, "alpha": alpha, "frozen": actor.to_file(), "frozen_sha256": after,
-            "prior": steering.priors[goal].to_file(),
-        },
-        run_dir / "steered_actor.pt",
-    )  # fmt: skip
-    result = {
-        **about, "goals": goals, "goal": args.goal, "rule": args.rule, "alpha": alpha, "features": names,
-        "actor": args.actor, "frozen_sha256": after, "frozen_return": summary[0]["return"],
-        "frozen_score": normalised_score(summary[0]["return"], domain), "learning": report, "identity": identity,
-        "selector": selector, "episodes": args.episodes, "cells": len(cells), "configurations": len(tasks),
-        "behaviour_data_return": float(episode_returns(dataset).mean()),
-        "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
-        "args": vars(args), "seconds": time.time() - started,
-        "machine": {"device": str(device), "threads": torch.get_num_threads(), "platform": platform.platform(),
-                    "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")},
-    }  # fmt: skip
-    for name, content in dict(cells=summary, selector=selector, diagnostics=diagnostics).items():
-        write_rows(run_dir / f"{name}.csv", content)
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2, default=float) + "\n")
-    plot_curves(summary, args.env_id, "objective", run_dir / "curves.png")
-    plot_curves(summary, args.env_id, "return", run_dir / "curves_return.png")
-    plot_grid(summary, args.env_id, run_dir / "grid.png")
-    if args.capture_video:
-        zeros = np.zeros((2, 1, dataset.actions.shape[1]))
-        act = functools.partial(steering.act, noise=zeros, goal=goal, rule=args.rule, alpha=alpha)
-        save_gif(act, make_env, args.seed, run_dir / "episode.gif")
+        # Final result
+        summary = summarise(table)
+        selector = compare_selector(summary, args.rule, chosen)
+        for row in selector:
+            row["kl"] = kls[row["prior"], row["goal"]]
+        diagnostics = []
+        for kind, goal in dict.fromkeys((prior, goal) for prior, _, goal in cells):
+            number = list(goals).index(goal)
+            reward_range = max(goal_rewards[:, number].max(), 0) - min(goal_rewards[:, number].min(), 0)
+            for rule, alpha in configurations(args, chosen[kind, goal]):
+                row = {"prior": kind, "goal": goal, "rule": rule, "alpha": alpha}
+                diagnostics.append(
+                    row | diagnose(steering, states, noise, number, kind, rule, alpha, float(reward_range))
+                )
+        goal = list(goals).index(args.goal)
+        alpha = chosen["clean", args.goal]
+        check = identity_check(alpha or 0.5, *steering.gaussians(states, goal, "clean", noise[0]))
+        after = actor.sha256()
+        require(
+            after == report["frozen_sha256"],
+            "the frozen actor has changed: this is a defect of steer_poe.py, please report it",
+        )
+        about = {"script": "steer_poe", "env_id": args.env_id, "domain": domain, "data_sha256": dataset.sha256}
+        save_atomically(
+            {
+                "kind": "steered actor", **about, "goal": args.goal, "goal_weights": list(goals[args.goal]),
+                "rule": args.rule, "alpha": alpha, "frozen": actor.to_file(), "frozen_sha256": after,
+                "prior": steering.priors[goal].to_file(),
+            },
+            run_dir / "steered_actor.pt",
+        )  # fmt: skip
+        result = {
+            **about, "goals": goals, "goal": args.goal, "rule": args.rule, "alpha": alpha, "features": names,
+            "actor": args.actor, "frozen_sha256": after, "frozen_return": summary[0]["return"],
+            "frozen_score": normalised_score(summary[0]["return"], domain), "learning": report, "identity": check,
+            "selector": selector, "episodes": args.episodes, "cells": len(cells), "configurations": len(tasks),
+            "behaviour_data_return": float(episode_returns(dataset).mean()),
+            "dataset": {"name": dataset.name, "source": dataset.source, "sha256": dataset.sha256},
+            "args": vars(args), "seconds": time.monotonic() - checkpoint.started,
+            "script_sha256": identity["script_sha256"], "environment": environment, "machine": identity["machine"],
+            "versions": identity["machine"]["versions"],
+        }  # fmt: skip
+        for name, content in dict(cells=summary, selector=selector, diagnostics=diagnostics).items():
+            write_rows(run_dir / f"{name}.csv", content)
+        plots = {f"curves{end}": functools.partial(plot_curves, what=what) for what, end in CURVES.items()}
+        for name, draw in (plots | {"grid": plot_grid}).items():
+            with replacing(run_dir / f"{name}.png") as part:
+                draw(summary, args.env_id, path=part)
+        if args.capture_video:
+            zeros = np.zeros((2, 1, dataset.actions.shape[1]))
+            act = functools.partial(steering.act, noise=zeros, goal=goal, rule=args.rule, alpha=alpha)
+            with replacing(run_dir / "episode.gif") as part:
+                save_gif(act, make_env, args.seed, part)
+        with replacing(run_dir / "result.json") as part:  # the last one: a folder that has it is complete
+            part.write_text(json.dumps(result, indent=2, default=float) + "\n")
     print_result(result, summary, run_dir)
     return run_dir
 
 
 def main() -> None:
     try:
-        run(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+        run(command_line(Args, __doc__.split("\n\n")[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

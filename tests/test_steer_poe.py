@@ -602,13 +602,13 @@ def reference(tmp_path_factory):
 @pytest.fixture
 def no_figure(monkeypatch):
     for name in ("plot_curves", "plot_grid"):
-        monkeypatch.setattr(steer_poe, name, lambda *_: None)
+        monkeypatch.setattr(steer_poe, name, lambda *_, **__: None)
 
 
 def test_run_folder_and_result(reference):
     run_dir, out = reference
     expected = {"args.json", "checkpoint.pt", "steered_actor.pt", "episodes.csv", "cells.csv", "selector.csv"}
-    expected |= {"diagnostics.csv", "result.json", "curves.png", "curves_return.png", "grid.png"}
+    expected |= {"steer_poe.py", "diagnostics.csv", "result.json", "curves.png", "curves_return.png", "grid.png"}
     assert {path.name for path in run_dir.iterdir()} == expected
     result = json.loads((run_dir / "result.json").read_text())
     assert result["domain"] == "liquidation" and result["goal"] == "upside" and result["actor"] == "awr"
@@ -680,7 +680,7 @@ def test_the_deployed_actor_acts_without_the_script(reference, tmp_path, monkeyp
         goal = list(result["goals"]).index(result["goal"])
         expected = steering.act(obs, np.zeros((2, 20, 1)), goal=goal, alpha=result["alpha"])
         np.testing.assert_allclose(namespace["act"](obs), expected, atol=2e-5)
-    saved = torch.load("steered_actor.pt", weights_only=True)
+    saved = steer_poe.load_tensors("steered_actor.pt", "steered actor")
     assert all(
         torch.equal(a["weight"], b["weight"]) for a, b in zip(saved["frozen"]["layers"], content["layers"], strict=True)
     )
@@ -908,7 +908,7 @@ def error_of(args, monkeypatch, capsys, cwd):
         ("--actor absent.pt", "absent.pt does not exist"),
         ("--actor text.pt", "is not a readable actor file"),
         ("--actor dynamics.pt", "is not a actor file"),
-        ("--actor hopper.pt", "was trained on hopper, this is liquidation"),
+        ("--actor hopper.pt", "is of hopper, this is liquidation"),
         ("--actor wide.pt", "has 5 observations and 1 actions, liquidation 3 and 1"),
         ("--actor nan.pt", "does not describe an actor"),
         ("--actor torn.pt", "does not describe an actor"),
@@ -941,12 +941,21 @@ def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):
 def test_resume_refuses_other_data(tmp_path, monkeypatch, capsys, no_figure):
     in_process(TINY, monkeypatch, tmp_path)
     checkpoint = only_run(tmp_path) / "checkpoint.pt"
-    content = torch.load(checkpoint, weights_only=True)
+    content = steer_poe.load_tensors(checkpoint, "steer_poe checkpoint")
     torch.save(content | {"data_sha256": "0"}, checkpoint)
     assert "other data" in error_of(["--resume", only_run(tmp_path)], monkeypatch, capsys, tmp_path)
-    content["args"].pop("rule")
+    torch.save(content | {"script_sha256": "0"}, checkpoint)
+    assert "go on with the version that it kept" in error_of(
+        ["--resume", only_run(tmp_path)], monkeypatch, capsys, tmp_path
+    )
+    content["critic"].popitem()
     torch.save(content, checkpoint)
-    assert "another version" in error_of(["--resume", only_run(tmp_path)], monkeypatch, capsys, tmp_path)
+    assert "does not fit this run" in error_of(["--resume", only_run(tmp_path)], monkeypatch, capsys, tmp_path)
+
+
+def test_resume_refuses_contradictions(reference, monkeypatch, capsys, tmp_path):
+    text = error_of(["--resume", reference[0], "--goal-weights", "1", "0", "0"], monkeypatch, capsys, tmp_path)
+    assert "--goal-weights" in text and "leave --goal-weights out" in text
 
 
 def test_divergence_is_named(tmp_path, monkeypatch, capsys):
