@@ -1013,17 +1013,19 @@ class Steering(nn.Module):
         return self.squash(u).float().numpy()
 
 
+ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the sweep
+
+
 def configurations(args: Args, chosen: float) -> list[tuple[str, float]]:
     """(rule, α) of a cell: the paper's 13 (or --rule at 5 α beside Additive), the chosen one, the references."""
-    alphas = (0.1, 0.3, 0.5, 0.7, 0.9)
     listed = [("frozen", 0.0), ("prior-only", 1.0)]
     if args.study:
-        listed += [("additive", 0.5), *(("poe", a) for a in alphas), *(("kl-reg", a) for a in alphas)]
+        listed += [("additive", 0.5), *(("poe", a) for a in ALPHAS), *(("kl-reg", a) for a in ALPHAS)]
     else:
-        listed += [(rule, a) for rule in dict.fromkeys(("additive", args.rule)) for a in alphas]
+        listed += [(rule, a) for rule in dict.fromkeys(("additive", args.rule)) for a in ALPHAS]
     listed.append((args.rule, chosen))
     if args.references:
-        listed += [("additive", a) for a in alphas] + [("critic-greedy", 1.0), ("iql-guided", 0.5)]
+        listed += [("additive", a) for a in ALPHAS] + [("critic-greedy", 1.0), ("iql-guided", 0.5)]
     return list(dict.fromkeys(listed))
 
 
@@ -1632,7 +1634,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-COLOURS = {"poe": "C0", "kl-reg": "C2", "additive": "C1", "prior-only": "C3", "critic-greedy": "C4", "iql-guided": "C5"}
+COLOURS = {"kl-reg": "C2", "poe": "C0", "additive": "C1", "prior-only": "C3", "critic-greedy": "C4", "iql-guided": "C5"}
 
 
 CURVES = {"objective": "", "return": "_return"}  # what is drawn, and how its file name ends
@@ -1660,13 +1662,14 @@ def plot_curves(summary: list[dict], env_id: str, what: str, path: Path) -> None
             for rule, colour in COLOURS.items():
                 some = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["alpha"])
                 if some:
+                    some = rows[:1] + some if rule in ("poe", "kl-reg", "additive") else some  # α = 0 is Frozen
                     y = np.array([r[what] for r in some])
-                    low, high = (
-                        np.array([rows[0][what] + r[f"{what}_{end}"] for r in some]) for end in ("low", "high")
-                    )
+                    ends = (np.array([r[f"{what}_{end}"] for r in some]) for end in ("low", "high"))
+                    low, high = (rows[0][what] + end for end in ends)
+                    wide = dict(lw=4, alpha=0.35) if rule == "kl-reg" else dict(lw=1)  # it lies under PoE
                     bars = np.stack([y - low, high - y]).clip(0)
-                    style = dict(ms=3, lw=1, capsize=2, ls="--" if rule == "kl-reg" else "-")
-                    ax.errorbar([r["alpha"] for r in some], y, bars, fmt="o", color=colour, label=rule, **style)
+                    x = [r["alpha"] for r in some]
+                    ax.errorbar(x, y, bars, fmt="o-", ms=3, capsize=2, color=colour, label=rule, **wide)
             shifted = "" if shift == "none" else f", {shift}"
             ax.set(
                 title=f"{goal}: {prior} prior{shifted}",
@@ -1688,36 +1691,34 @@ def plot_grid(summary: list[dict], env_id: str, path: Path) -> None:
 
     cells = list(dict.fromkeys((row["goal"], row["prior"], row["shift"]) for row in summary))
     order = ["prior-only", "additive", "poe", "kl-reg", "iql-guided", "critic-greedy"]
-    configurations = sorted(
-        {(row["rule"], row["alpha"]) for row in summary if row["rule"] != "frozen"},
-        key=lambda c: (order.index(c[0]), c[1]),
-    )
+
+    def name(row: dict) -> tuple[int, str]:
+        """The selector's α differs from cell to cell: one line for all of them."""
+        alpha = f"{row['alpha']:g}" if row["alpha"] in (*ALPHAS, 1.0) else "selected"
+        return order.index(row["rule"]), f"{row['rule']}  {alpha}"
+
+    frozen_of = {(row["goal"], row["prior"], row["shift"]): row for row in summary if row["rule"] == "frozen"}
+    rows = [row for row in summary if row["rule"] != "frozen"]
+    lines = sorted(set(map(name, rows)))
     shade = {"HELP": (0.62, 0.82, 0.62), "FROZEN": (0.9, 0.9, 0.9), "HURT": (0.93, 0.62, 0.6)}
-    size = (2.2 + 2 * 0.95 * len(cells), 1.6 + 0.3 * len(configurations))
-    fig, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    across = (1, 2) if len(cells) <= 6 else (2, 1)
+    size = (1.6 + 0.85 * len(cells) * across[1], 1.0 + (0.6 + 0.26 * len(lines)) * across[0])
+    fig, axes = plt.subplots(*across, figsize=size, layout="constrained", sharey=True)
     for ax, what in zip(axes, ("objective", "return"), strict=True):
-        image = np.ones((len(configurations), len(cells), 3))
-        for row in summary:
-            if row["rule"] != "frozen":
-                at = (
-                    configurations.index((row["rule"], row["alpha"])),
-                    cells.index((row["goal"], row["prior"], row["shift"])),
-                )
-                image[at] = shade[row[f"{what}_class"]]
-                base = next(
-                    r
-                    for r in summary
-                    if r["rule"] == "frozen" and all(r[k] == row[k] for k in ("goal", "prior", "shift"))
-                )
-                percent = 100 * row[f"{what}_difference"] / max(abs(base[what]), 1e-12)
-                text = f"{percent:+.0f}%" if abs(percent) < 1000 else "≫" if percent > 0 else "≪"
-                ax.text(at[1], at[0], text, ha="center", va="center", fontsize=7)
+        image = np.ones((len(lines), len(cells), 3))
+        for row in rows:
+            cell = row["goal"], row["prior"], row["shift"]
+            y, x = lines.index(name(row)), cells.index(cell)
+            image[y, x] = shade[row[f"{what}_class"]]
+            base = abs(frozen_of[cell][what])
+            percent = round(100 * row[f"{what}_difference"] / base) if base else 0
+            ax.text(x, y, f"{percent:+d}%" if base and percent else "0", ha="center", va="center", fontsize=7)
         ax.imshow(image, aspect="auto")
         labels = ["\n".join([goal, prior] + [shift] * (shift != "none")) for goal, prior, shift in cells]
-        ax.set_xticks(range(len(cells)), labels, fontsize=7)
-        ax.set_yticks(range(len(configurations)), [f"{rule}  {alpha:g}" for rule, alpha in configurations], fontsize=7)
+        ax.set_xticks(range(len(cells)), labels, fontsize=6)
+        ax.set_yticks(range(len(lines)), [text for _, text in lines], fontsize=7)
         ax.set_title({"objective": "goal's objective", "return": "task's return"}[what], fontsize=9)
-    fig.suptitle(f"{env_id}: green HELP, grey FROZEN, red HURT; change to Frozen", fontsize=9)
+    fig.suptitle(f"{env_id}: green HELP, grey FROZEN, red HURT; change against Frozen", fontsize=9)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
@@ -1968,10 +1969,8 @@ def run(args: Args) -> Path:
         alpha = chosen["clean", args.goal]
         check = identity_check(alpha or 0.5, *steering.gaussians(states, goal, "clean", noise[0]))
         after = actor.sha256()
-        require(
-            after == report["frozen_sha256"],
-            "the frozen actor has changed: this is a defect of steer_poe.py, please report it",
-        )
+        same = after == report["frozen_sha256"]
+        require(same, "the frozen actor has changed: this is a defect of steer_poe.py, please report it")
         about = {"script": "steer_poe", "env_id": args.env_id, "domain": domain, "data_sha256": dataset.sha256}
         save_atomically(
             {

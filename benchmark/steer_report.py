@@ -3,13 +3,13 @@
     python benchmark/steer_report.py --name steer_liquidation --run runs/<run folder>
     python benchmark/steer_report.py --picture
 
-The first writes docs/results/<name>.md and .csv (cells, diagnostics and selector joined) and copies curves.png and
-grid.png to docs/figures/<name>_*.png. The second draws docs/figures/steer_poe.png, what PoE does to two Gaussians.
+The first writes docs/results/<name>.md and .csv (cells, diagnostics and selector joined) and draws
+docs/figures/<name>_curves.png and _grid.png from them. The second draws docs/figures/steer_poe.png, what PoE does to
+two Gaussians.
 """
 
 import csv
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,10 @@ def report(run: Path, name: str) -> None:
             f"| {number['violation_mean_0.01']:.3f}, {number['violation_drawn_0.01']:.3f} |"
         )
     (docs / "results" / f"{name}.md").write_text("\n".join(lines) + "\n")
-    for figure in ("curves", "grid"):
-        shutil.copy(run / f"{figure}.png", docs / "figures" / f"{name}_{figure}.png")
+    text = ("prior", "shift", "goal", "rule", "objective_class", "return_class")
+    summary = [{k: v if k in text else float(v) for k, v in row.items()} for row in read(run / "cells.csv")]
+    steer_poe.plot_curves(summary, result["env_id"], "objective", docs / "figures" / f"{name}_curves.png")
+    steer_poe.plot_grid(summary, result["env_id"], docs / "figures" / f"{name}_grid.png")
     print(f"docs/results/{name}.md, .csv and docs/figures/{name}_curves.png, _grid.png")
 
 
