@@ -782,7 +782,8 @@ def total_variation(mean, var, mean_f, var_f, noise: torch.Tensor) -> torch.Tens
     Half the L1 distance, in [0, 1]; the same after a tanh of both.
     """
     u = mean_f + var_f.sqrt() * noise
-    return -torch.expm1((gaussian_log_prob(u, mean, var) - gaussian_log_prob(u, mean_f, var_f)).clamp(max=0)).mean(0)
+    log_ratio = gaussian_log_prob(u, mean, var) - gaussian_log_prob(u, mean_f, var_f)
+    return torch.expm1(log_ratio.clamp(max=0)).mean(0).abs()
 
 
 def value_bound(total_variation: float, reward_range: float, gamma: float) -> float:

@@ -20,8 +20,24 @@ ITEMS = {
     + ["Table 1", "Table 2", "Table 3", "Figure 1"],
     "liquidation.md": [f"12.1.2 {what}" for what in ("state", "initial rate", "action", "reward", "rate", "dataset")]
     + ["12.1.2 horizon", "(15)", "Table 2", "Table 4"],
+    # Its text was not at hand: what its abstract, a review and fragments of its appendix name.
+    "steer_poe.md": [
+        "identity theorem",
+        "PoE",
+        "KL-Reg",
+        "graceful degradation",
+        "study",
+        "(3)",
+        "Table 11",
+        "Table 19",
+    ],
 }
-SCRIPTS = {"pspo.md": "pspo.py", "iql.md": "iql.py", "liquidation.md": "liquidation_env.py"}
+SCRIPTS = {
+    "pspo.md": "pspo.py",
+    "iql.md": "iql.py",
+    "liquidation.md": "liquidation_env.py",
+    "steer_poe.md": "steer_poe.py",
+}
 HEADER = ["no.", "what it says", "code", "test", "mark; other readings"]
 MARKS = ("stated", "derived", "our reading")
 
