@@ -26,6 +26,7 @@ Run it:
 
 import contextlib
 import csv
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -240,6 +241,7 @@ class Args:
 
 # --- Data: identical in every script of this project (tests/test_shared_blocks.py) ---
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+SILENCE = 30  # seconds without a byte after which a server is given up
 # What is read of a file, and its number of dimensions.
 DATA_KEYS = dict(observations=2, actions=2, rewards=1, next_observations=2, terminals=1, timeouts=1)
 
@@ -361,7 +363,11 @@ def load_hdf5(name: str, path: Path) -> Dataset:
     """Read an HDF5 file in D4RL's layout; `source` says whether it is D4RL's own. Raises UserError."""
     try:
         with h5py.File(path, "r") as file:
-            arrays = {key: file[key][()] for key in DATA_KEYS if isinstance(file.get(key), h5py.Dataset)}
+            tables = {key: file[key] for key in DATA_KEYS if isinstance(file.get(key), h5py.Dataset)}
+            claimed, size = sum(table.nbytes for table in tables.values()), path.stat().st_size
+            possible = claimed <= 1100 * size + 10**6  # gzip's best ratio is 1032
+            require(possible, f"{path} claims {claimed:.3g} bytes of data in a file of {size:,}: fetch it again")
+            arrays = {key: table[()] for key, table in tables.items()}
         source = f"file {path.name}"
         if name in D4RL_FILES:  # hashing takes a second: compare the size first
             _, size, sha256 = D4RL_FILES[name]
@@ -371,7 +377,9 @@ def load_hdf5(name: str, path: Path) -> Dataset:
         raise UserError(f"{path} does not exist: check --dataset-path") from None
     except PermissionError:
         raise UserError(f"{path} cannot be read: change its permissions or its folder's") from None
-    except (OSError, RuntimeError) as error:  # not HDF5, truncated, a damaged chunk
+    except UserError:
+        raise
+    except Exception as error:  # not HDF5, truncated, a damaged chunk or link: h5py raises many types
         raise UserError(f"{path} is not a whole HDF5 file ({error}): delete it and fetch it again") from error
     return make_dataset(arrays, name, source)
 
@@ -393,6 +401,7 @@ def load_minari(name: str, folder: Path | None = None) -> Dataset:
             for key, values in zip(DATA_KEYS, columns, strict=True):
                 rows[key].append(values)
         arrays = {key: np.concatenate(parts) for key, parts in rows.items()}
+        source, env_spec = f"Minari {dataset.id}", dataset.env_spec
     except ImportError as error:  # no extra of Minari's names Pillow, which its storage imports
         raise UserError(f"Minari: {error}: pip install 'minari[hdf5,hf]' pillow") from error
     except Exception as error:  # Minari, h5py, the hub and its HTTP client share no class of errors
@@ -400,7 +409,21 @@ def load_minari(name: str, folder: Path | None = None) -> Dataset:
         if folder:
             remedy = "give an HDF5 file, or a Minari folder, the one that contains data/metadata.json"
         raise UserError(f"Minari data {folder or name}: {type(error).__name__}: {error}: {remedy}") from error
-    return make_dataset(arrays, name, f"Minari {dataset.id}", dataset.env_spec)
+    return make_dataset(arrays, name, source, env_spec)
+
+
+def registered(spec: Any) -> Any:
+    """A data set's EnvSpec with the code that Gymnasium knows under its id, in place of the code that the file names.
+
+    A file may set parameters, but must not choose what is executed. Raises UserError for an id that is not known.
+    """
+    known, advice = gym.registry.get(spec.id), "choose one with --eval-env-id"
+    require(known is not None, f"the data name an environment that is not installed, {spec.id}: {advice}")
+    steps = spec.max_episode_steps
+    fine = steps is None or (type(steps) is int and 0 < steps <= 100_000)
+    require(fine, f"the data's environment {spec.id} has episodes of {steps} steps: {advice}")
+    code = dict(entry_point=known.entry_point, vector_entry_point=known.vector_entry_point, additional_wrappers=())
+    return dataclasses.replace(spec, **code)
 
 
 def flatten_observations(values: Any) -> np.ndarray:
@@ -439,14 +462,14 @@ def fetch(url: str, part: Path, size: int) -> None:
     if done == size:  # an earlier run was stopped between the last byte and the check
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if 0 < done < size else {})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=SILENCE) as answer:
         done = done if answer.status == 206 else 0
         offered = done + int(answer.headers.get("Content-Length", size - done))
         if offered != size:  # refused before a byte is written: an error page must not end up in the file
             raise OSError(f"offers {offered:,} bytes instead of {size:,}")
         bar = tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=url.rsplit("/")[-1])
         with bar, open(part, "ab" if done else "wb") as file:
-            while done < size and (chunk := answer.read(1 << 20)):
+            while done < size and (chunk := answer.read1(1 << 20)):
                 alone = os.fstat(file.fileno()).st_size == done
                 require(alone, f"another process writes {part}: wait until it has finished, then run again")
                 file.write(chunk)
@@ -1074,6 +1097,9 @@ def command_line(args_class: type, description: str) -> Any:
             raise
 
     args = parse()
+    for name, value in vars(args).items():
+        fine = not isinstance(value, int) or abs(value) < 2**31
+        require(fine, f"--{name.replace('_', '-')} {value}: must be below {2**31:,}")
     if args.resume:
         saved = checkpoint_args(args_class, load_checkpoint(Path(args.resume)))
         given = vars(parse(default=saved))  # a flag that was not typed has the run's own value
@@ -1082,6 +1108,31 @@ def command_line(args_class: type, description: str) -> Any:
             flag, own = "--" + name.replace("_", "-"), f"{args.resume} has {value}"
             require(same, f"{flag} {given[name]}: {own}: leave {flag} out to go on, or --resume to start anew")
     return args
+
+
+def exit_cleanly(work: Callable[[], Any]) -> None:
+    """Call `work`; what a user can put right ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal can show γ
+    try:
+        work()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
+        message = str(UserError(f"{error}; the last checkpoint, if any, is intact"))
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a type of its own for the GPU's memory only
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = str(UserError(str(error).split("[")[0][:200]))
+        message = f"out of memory ({reason}): use smaller batches, networks or data, or another machine"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def make_run_dir(args: Any) -> Path:
@@ -1189,6 +1240,20 @@ def checkpoint_args(args_class: type, saved: dict) -> Any:
         bad = [name for name, hint in get_type_hints(args_class).items() if not fits(getattr(args, name), hint)]
         require(not bad, f"the checkpoint has bad arguments ({', '.join(bad)}): use one that a run saved")
     return args
+
+
+def saved_history(saved: dict, iterations: int, columns: Sequence[str]) -> tuple[int, list[dict]]:
+    """(iteration, rows of metrics.csv) of a checkpoint. Raises UserError unless a run can have come that far."""
+    iteration, rows = saved["iteration"], saved["rows"]
+    steps = [row["iteration"] for row in rows]
+    fine = type(iteration) is int and 0 <= iteration <= iterations and steps == sorted(set(steps))
+    fine = fine and all(type(step) is int and 0 < step <= iteration for step in steps)
+    fine = fine and (iteration < iterations or steps[-1:] == [iteration])
+    for row in rows:
+        numbers = all(type(value) is float for key, value in row.items() if key != "iteration")
+        fine = fine and numbers and row.keys() == rows[0].keys() and row.keys() >= set(columns)
+    require(fine, "the checkpoint's history is not one of a run with its arguments: use one that a run saved")
+    return iteration, rows
 
 
 def machine(device: torch.device) -> dict[str, Any]:
