@@ -8,9 +8,10 @@ from docs_pages import ROOT
 
 import iql
 import pspo
+import steer_poe
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"pspo.py": pspo, "iql.py": iql}
+SCRIPTS = {"pspo.py": pspo, "iql.py": iql, "steer_poe.py": steer_poe}
 
 
 def anchors(path):
@@ -42,11 +43,11 @@ def test_formulas_are_closed(page):
 
 
 def test_commands_of_the_pages_are_understood():
-    """Every `python pspo.py …` and `python iql.py …` in a bash block has flags and values that the script takes."""
+    """Every `python <script> …` in a bash block has flags and values that the script takes."""
     count = 0
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
-            for name, flags in re.findall(r"^python (pspo\.py|iql\.py)(.*)$", block, flags=re.MULTILINE):
+            for name, flags in re.findall(r"^python (pspo\.py|iql\.py|steer_poe\.py)(.*)$", block, flags=re.MULTILINE):
                 words = flags.partition(" #")[0].replace("<run folder>", "folder").split()
                 if "--help" not in words:
                     module = SCRIPTS[name]

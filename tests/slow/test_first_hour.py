@@ -79,3 +79,11 @@ def test_iql_and_its_clone(hour):
     """Step 5: a compromise, and exactly nothing."""
     assert 80 < result(hour, "iql")[1]["score"] < 95
     assert result(hour, "cloning")[1]["score"] == 0
+
+
+def test_steering(hour):
+    """Step 6: the identity, a frozen actor that stays, and two figures."""
+    run, content = result(hour, "steer")
+    assert content["identity"]["largest_relative_difference_of_means"] < 1e-9
+    assert content["frozen_return"] > 120
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "grid.png"))
