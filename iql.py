@@ -34,12 +34,13 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -207,6 +208,8 @@ class Args:
     """use the GPU if there is one"""
     num_threads: int = 0
     """CPU threads for PyTorch (0: PyTorch's own choice)"""
+    compile: bool = False
+    """compile the training steps with torch.compile: faster, after half a minute of compiling each"""
     quick: bool = False
     """a CPU-sized setting: 50,000 updates, and 50 episodes at the end"""
     track: bool = False
@@ -677,6 +680,107 @@ def reward_transform(kind: str, dataset: Dataset) -> tuple[float, float]:
     return 1.0, -1.0 if kind == "minus_one" else 0.0
 
 
+# --- Fast steps: identical in every script of this project (tests/test_shared_blocks.py) ---
+
+
+class Adam:
+    """Adam, decoupled weight decay included, with torch.optim's fused kernel and all of its state in tensors.
+
+    Nothing is left that Python changes between two steps, so torch.compile and a CUDA graph can record a step whole.
+    groups: (parameters, learning rate) each; `rates` are the learning rates, 0-dimensional tensors to `fill_`.
+    """
+
+    def __init__(self, *groups: tuple[Iterable[nn.Parameter], float], weight_decay: float = 0.0):
+        self.groups, self.weight_decay = [list(params) for params, _ in groups], weight_decay
+        params = [p for group in self.groups for p in group]
+        self.rates = [torch.tensor(rate, device=params[0].device) for _, rate in groups]
+        self.count = torch.zeros((), device=params[0].device)  # of steps so far
+        self.means, self.squares = ([torch.zeros_like(p) for p in params] for _ in range(2))
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of `loss`, taken with respect to these parameters only."""
+        gradients = torch.autograd.grad(loss, list(itertools.chain(*self.groups)))
+        state = zip(gradients, self.means, self.squares, strict=True)
+        with torch.no_grad():
+            self.count.add_(1)
+            for params, rate in zip(self.groups, self.rates, strict=True):
+                self.update(params, *zip(*itertools.islice(state, len(params)), strict=True), rate)
+
+    def update(self, params, gradients, means, squares, rate: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            torch._fused_adamw_(
+                params, gradients, means, squares, [], [self.count] * len(params), lr=rate, beta1=0.9, beta2=0.999,
+                eps=1e-8, weight_decay=self.weight_decay, amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
+        mean_scale, square_scale = 1 - 0.9**self.count, 1 - 0.999**self.count
+        for p, gradient, mean, square in zip(params, gradients, means, squares, strict=True):  # the compiler fuses it
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.001)
+            step = (mean / mean_scale) / ((square / square_scale).sqrt() + 1e-8)
+            p.mul_(1 - rate * self.weight_decay).sub_(rate * step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(count=self.count, rates=self.rates, means=self.means, squares=self.squares)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """In place: what recorded this optimiser's steps goes on to see its tensors."""
+        self.count.copy_(state["count"])
+        for key in ("rates", "means", "squares"):
+            for mine, theirs in zip(getattr(self, key), state[key], strict=True):
+                mine.copy_(theirs)
+
+
+class Captured:
+    """A step as a CUDA graph: all its kernels in one launch. It takes no arguments and returns one tensor.
+
+    The first calls run as they are, on a side stream, where PyTorch wants the warm-up; the next one is recorded, and
+    every later one replays the recording with whatever is by then in the tensors that the step reads and writes. So
+    a step must keep its state in the same tensors, draw random numbers on the device and never wait for it.
+    """
+
+    def __init__(self, step: Callable[[], torch.Tensor]):
+        self.step, self.warm_up, self.graph = step, 3, torch.cuda.CUDAGraph()
+
+    def __call__(self) -> torch.Tensor:
+        if self.warm_up:
+            self.warm_up -= 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.recorded = False
+            return result
+        if not self.recorded:
+            with torch.cuda.graph(self.graph):  # the default random generator takes part in it
+                self.result = self.step()
+            self.recorded = True
+        self.graph.replay()
+        return self.result.clone()
+
+
+def follow(net: nn.Module, leader: nn.Module, rate: float) -> None:
+    """Polyak averaging: net ← (1 − rate) net + rate leader, all parameters at once."""
+    torch._foreach_lerp_(list(net.parameters()), list(leader.parameters()), rate)
+
+
+def fast(step: Callable[[], torch.Tensor], device: torch.device, compiled: bool) -> Callable[[], torch.Tensor]:
+    """`step` as a loop should call it: compiled as a whole if asked for, and on a GPU captured. The same numbers."""
+    if compiled:
+        known = hasattr(torch._dynamo.config, "trace_autograd_ops")
+        require(known, f"--compile: PyTorch {torch.__version__} cannot compile gradients: pip install torch==2.13.0")
+        compiler = os.environ.get("CXX", "g++")
+        require(device.type == "cuda" or shutil.which(compiler), f"--compile needs {compiler}: install a C++ compiler")
+        torch._dynamo.config.trace_autograd_ops = True
+        step = torch.compile(step, fullgraph=True, options={"fallback_random": True})  # PyTorch's own random numbers
+    return Captured(step) if device.type == "cuda" else step
+
+
+# --- end of the shared fast-steps block ---
+
+
 # --- Learner ---
 
 
@@ -711,12 +815,10 @@ class IQL(nn.Module):
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
         self.to(data["rewards"].device)
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=args.critic_lr, fused=True)
-        groups = [
-            {"params": list(self.actor.parameters()), "lr": args.actor_lr},
-            {"params": list(self.critic.parameters()), "lr": args.critic_lr},
-        ]
-        self.actor_critic_optimizer = torch.optim.Adam(groups, fused=True)
+        self.value_optimizer = Adam((self.value.parameters(), args.critic_lr))
+        self.actor_critic_optimizer = Adam(
+            (self.actor.parameters(), args.actor_lr), (self.critic.parameters(), args.critic_lr)
+        )
 
     def add(self, obs, action, reward: float, next_obs, terminal: bool) -> None:
         """Append one transition, reward transformed, action within the data's bounds; terminal: not a time limit."""
@@ -735,9 +837,7 @@ class IQL(nn.Module):
         with torch.no_grad():
             target_q = self.target_critic(obs, action).amin(0)  # (B,)
         value_loss = expectile_loss(target_q - self.value(obs), args.expectile).mean()
-        self.value_optimizer.zero_grad(set_to_none=True)
-        value_loss.backward()
-        self.value_optimizer.step()
+        self.value_optimizer.minimise(value_loss)
 
         # Eqs. (7) and (6) share no parameter and both use the new V: one backward pass and one Adam step for both
         with torch.no_grad():
@@ -750,13 +850,10 @@ class IQL(nn.Module):
         actor_loss = policy_loss(log_prob, weights)
         q = self.critic(obs, action)  # (2, B)
         q_loss = critic_loss(q, target)
-        self.actor_critic_optimizer.zero_grad(set_to_none=True)
-        (actor_loss + q_loss).backward()
-        self.actor_critic_optimizer.step()
+        self.actor_critic_optimizer.minimise(actor_loss + q_loss)
 
         with torch.no_grad():
-            for mine, theirs in zip(self.target_critic.parameters(), self.critic.parameters(), strict=True):
-                mine.lerp_(theirs, args.target_rate)
+            follow(self.target_critic, self.critic, args.target_rate)
             return torch.stack([
                 value_loss, v.mean(), q_loss, q.mean(), actor_loss, log_prob.mean(), log_std.mean(),
                 advantage.mean(), weights.mean(), (weights >= args.weight_clip).float().mean(),
@@ -1598,6 +1695,7 @@ def run(args: Args) -> Path:
         last = log.rows[-1]["iteration"] if log.rows else 0
         env_seed = args.seed + 30_000 + last + 1
         guard = Guard("iteration", IQL.METRICS, DIVERGENCE, learner.metric_bounds(horizon))
+        step = fast(learner.update, device, args.compile)
         progress = bar(total=total, initial=done, desc="training")
         for iteration in range(done + 1, total + 1):
             if iteration > args.iterations:
@@ -1606,8 +1704,8 @@ def run(args: Args) -> Path:
                 collector.step()
             if not args.online_steps:
                 share = cosine(iteration, args.iterations)
-                learner.actor_critic_optimizer.param_groups[0]["lr"] = args.actor_lr * share
-            row = learner.update()
+                learner.actor_critic_optimizer.rates[0].fill_(args.actor_lr * share)
+            row = step() if iteration <= args.iterations else learner.update()  # online the data grow
             sums += row
             guard.add(iteration, row)
             progress.update()

@@ -36,13 +36,14 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -152,6 +153,8 @@ class Args:
     """use the GPU if there is one"""
     num_threads: int | None = None
     """CPU threads for PyTorch (0: PyTorch's own choice, all cores; more than one only slow small networks down)"""
+    compile: bool = False
+    """compile the training steps with torch.compile: faster, after half a minute of compiling each"""
     quick: bool = False
     """a CPU-sized setting for the MuJoCo tasks: smaller pool and networks, fewer epochs and iterations"""
     track: bool = False
@@ -765,6 +768,107 @@ TERMINAL = {
 }  # fmt: skip
 
 
+# --- Fast steps: identical in every script of this project (tests/test_shared_blocks.py) ---
+
+
+class Adam:
+    """Adam, decoupled weight decay included, with torch.optim's fused kernel and all of its state in tensors.
+
+    Nothing is left that Python changes between two steps, so torch.compile and a CUDA graph can record a step whole.
+    groups: (parameters, learning rate) each; `rates` are the learning rates, 0-dimensional tensors to `fill_`.
+    """
+
+    def __init__(self, *groups: tuple[Iterable[nn.Parameter], float], weight_decay: float = 0.0):
+        self.groups, self.weight_decay = [list(params) for params, _ in groups], weight_decay
+        params = [p for group in self.groups for p in group]
+        self.rates = [torch.tensor(rate, device=params[0].device) for _, rate in groups]
+        self.count = torch.zeros((), device=params[0].device)  # of steps so far
+        self.means, self.squares = ([torch.zeros_like(p) for p in params] for _ in range(2))
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of `loss`, taken with respect to these parameters only."""
+        gradients = torch.autograd.grad(loss, list(itertools.chain(*self.groups)))
+        state = zip(gradients, self.means, self.squares, strict=True)
+        with torch.no_grad():
+            self.count.add_(1)
+            for params, rate in zip(self.groups, self.rates, strict=True):
+                self.update(params, *zip(*itertools.islice(state, len(params)), strict=True), rate)
+
+    def update(self, params, gradients, means, squares, rate: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            torch._fused_adamw_(
+                params, gradients, means, squares, [], [self.count] * len(params), lr=rate, beta1=0.9, beta2=0.999,
+                eps=1e-8, weight_decay=self.weight_decay, amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
+        mean_scale, square_scale = 1 - 0.9**self.count, 1 - 0.999**self.count
+        for p, gradient, mean, square in zip(params, gradients, means, squares, strict=True):  # the compiler fuses it
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.001)
+            step = (mean / mean_scale) / ((square / square_scale).sqrt() + 1e-8)
+            p.mul_(1 - rate * self.weight_decay).sub_(rate * step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(count=self.count, means=self.means, squares=self.squares)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """In place: what recorded this optimiser's steps goes on to see its tensors. The rates are the caller's."""
+        mine, theirs = ([x["count"], *x["means"], *x["squares"]] for x in (self.state_dict(), state))
+        for tensor, saved in zip(mine, theirs, strict=True):
+            require(tensor.shape == saved.shape, "the optimiser's state is of other networks")
+            tensor.copy_(saved)
+
+
+class Captured:
+    """A step as a CUDA graph: all its kernels in one launch. It takes no arguments and returns one tensor.
+
+    The first calls run as they are, on a side stream, where PyTorch wants the warm-up; the next one is recorded, and
+    every later one replays the recording with whatever is by then in the tensors that the step reads and writes. So
+    a step must keep its state in the same tensors, draw random numbers on the device and never wait for it.
+    """
+
+    def __init__(self, step: Callable[[], torch.Tensor]):
+        self.step, self.warm_up, self.graph = step, 3, torch.cuda.CUDAGraph()
+
+    def __call__(self) -> torch.Tensor:
+        if self.warm_up:
+            self.warm_up -= 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.recorded = False
+            return result
+        if not self.recorded:
+            with torch.cuda.graph(self.graph):  # the default random generator takes part in it
+                self.result = self.step()
+            self.recorded = True
+        self.graph.replay()
+        return self.result.clone()
+
+
+def follow(net: nn.Module, leader: nn.Module, rate: float) -> None:
+    """Polyak averaging: net ← (1 − rate) net + rate leader, all parameters at once."""
+    torch._foreach_lerp_(list(net.parameters()), list(leader.parameters()), rate)
+
+
+def fast(step: Callable[[], torch.Tensor], device: torch.device, compiled: bool) -> Callable[[], torch.Tensor]:
+    """`step` as a loop should call it: compiled as a whole if asked for, and on a GPU captured. The same numbers."""
+    if compiled:
+        known = hasattr(torch._dynamo.config, "trace_autograd_ops")
+        require(known, f"--compile: PyTorch {torch.__version__} cannot compile gradients: pip install torch==2.13.0")
+        compiler = os.environ.get("CXX", "g++")
+        require(device.type == "cuda" or shutil.which(compiler), f"--compile needs {compiler}: install a C++ compiler")
+        torch._dynamo.config.trace_autograd_ops = True
+        step = torch.compile(step, fullgraph=True, options={"fallback_random": True})  # PyTorch's own random numbers
+    return Captured(step) if device.type == "cuda" else step
+
+
+# --- end of the shared fast-steps block ---
+
+
 # --- Dynamics pool ---
 
 
@@ -815,7 +919,7 @@ def train_dynamics(
     train_rows = order[num_held_out:]
     size = (args.pool_size, len(train_rows))
     bootstrap = torch.randint(len(train_rows), size, device=device, dtype=torch.int32)
-    optimizer = torch.optim.AdamW(pool.parameters(), lr=args.dynamics_lr, weight_decay=7.5e-5, fused=True)
+    optimizer = Adam((pool.parameters(), args.dynamics_lr), weight_decay=7.5e-5)
     updates_per_epoch = max(1, len(train_rows) // args.dynamics_batch)
     num_updates = args.dynamics_epochs * updates_per_epoch
     best = {k: v.detach().clone() for k, v in pool.net.state_dict().items()}
@@ -837,18 +941,21 @@ def train_dynamics(
     cause = "the dynamics models diverged: lower --dynamics-lr, or look for extreme values in the data"
     names = [f"loss of model {i}" for i in range(args.pool_size)]
     guard = Guard("dynamics update", names, dict.fromkeys(names, cause), dict.fromkeys(names, 1e4))
-    progress = bar(total=num_updates, initial=done, desc="dynamics")
-    for update in range(done + 1, num_updates + 1):
-        optimizer.param_groups[0]["lr"] = args.dynamics_lr * cosine(update, num_updates)
+
+    def learn() -> torch.Tensor:
         columns = torch.randint(bootstrap.shape[1], (args.pool_size, args.dynamics_batch), device=device)
         rows = train_rows[bootstrap.gather(1, columns).long()]  # (pool, batch)
         mean, log_std = pool.standardised(inputs[rows])
         target = (outputs[rows] - pool.output_mean) / pool.output_std
         losses = beta_nll(mean, log_std, target).mean((1, 2))  # (pool,)
-        guard.add(update, losses.detach())
-        optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
-        optimizer.step()
+        optimizer.minimise(losses.sum())
+        return losses.detach()
+
+    step = fast(learn, device, args.compile)
+    progress = bar(total=num_updates, initial=done, desc="dynamics")
+    for update in range(done + 1, num_updates + 1):
+        optimizer.rates[0].fill_(args.dynamics_lr * cosine(update, num_updates))
+        guard.add(update, step())
         progress.update()
         if update % updates_per_epoch == 0:
             with torch.no_grad():
@@ -897,6 +1004,13 @@ DIVERGENCE = {  # likely causes, by the first part of a metric's name
 class PSPO(nn.Module):
     """Everything that policy iteration changes; `state_dict()` and the optimisers are all a checkpoint needs."""
 
+    METRICS = (  # in the order in which they are computed
+        "rollout/state_max", "critic/target_max", "critic/loss", "critic/q_data",
+        "critic/q_model", "critic/q_max", "policy/objective", "policy/kl_behaviour", "policy/kl_previous",
+        "policy/eta", "policy/alpha", "policy/log_std", "policy/i",
+        "posterior/entropy", "posterior/largest", "rollout/terminals",
+    )  # fmt: skip
+
     def __init__(self, args: Args, data: dict[str, torch.Tensor], domain: str):
         super().__init__()
         self.args, self.data, self.terminal = args, data, TERMINAL[domain]
@@ -935,15 +1049,15 @@ class PSPO(nn.Module):
         self.reward_scale = (high - low) or max(abs(high), 1.0)
         steps = 1 / (1 - args.gamma) if args.gamma < 1 else args.rollout_horizon
         self.value_bounds = [bound * steps / self.reward_scale for bound in (min(low, 0.0), max(high, 0.0))]
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+        self.actor_optimizer = Adam((self.actor.parameters(), args.actor_lr))
+        self.critic_optimizer = Adam((self.critic.parameters(), args.critic_lr))
 
     # --- Behaviour policy ---
 
     def clone_behaviour(self, bar: Callable, checkpoint: "Checkpoint | None" = None, state: dict | None = None) -> None:
         """μ by maximum likelihood on the data set; π and π_i start there. state: as in train_dynamics."""
         args, data = self.args, self.data
-        optimizer, done = torch.optim.Adam(self.behaviour.parameters(), fused=True), 0
+        optimizer, done = Adam((self.behaviour.parameters(), 1e-3)), 0
         if state:
             with restoring("the checkpoint"):
                 self.load_state_dict(state["learner"])
@@ -951,15 +1065,18 @@ class PSPO(nn.Module):
                 done = saved_update(state, args.bc_updates)
                 set_rng_state(state["rng"])
         guard = Guard("behaviour update", ["loss"], {"loss": "look for extreme values in the data"}, {"loss": 1e4})
-        for update in bar(range(done + 1, args.bc_updates + 1), initial=done, total=args.bc_updates, desc="behaviour"):
+
+        def learn() -> torch.Tensor:
             rows = torch.randint(len(data["actions"]), (args.batch_size,), device=data["actions"].device)
-            optimizer.param_groups[0]["lr"] = 1e-3 * cosine(update, args.bc_updates)
             u = data["actions"][rows].clamp(-0.999, 0.999).atanh()
             loss = -gaussian_log_prob(u, *self.behaviour(data["observations"][rows])).mean()
-            guard.add(update, loss.detach()[None])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            optimizer.minimise(loss)
+            return loss.detach()[None]
+
+        step = fast(learn, data["actions"].device, args.compile)
+        for update in bar(range(done + 1, args.bc_updates + 1), initial=done, total=args.bc_updates, desc="behaviour"):
+            optimizer.rates[0].fill_(1e-3 * cosine(update, args.bc_updates))
+            guard.add(update, step())
             if checkpoint and checkpoint.due():
                 guard.check()
                 checkpoint.save(
@@ -1066,8 +1183,8 @@ class PSPO(nn.Module):
 
     # --- One iteration ---
 
-    def iterate(self) -> dict[str, torch.Tensor]:
-        """One step of every rollout, one update of posterior, critics, policy, multipliers and target critics."""
+    def iterate(self) -> torch.Tensor:
+        """One step of every rollout, one update of all that is learnt and of the multipliers; returns METRICS, (M,)."""
         args, data, num_data_rows = self.args, self.data, self.args.batch_size - self.args.batch_size // 2
         rows = torch.randint(len(data["rewards"]), (num_data_rows,), device=self.rollout_obs.device)
         obs, action, reward, next_obs, terminal = (
@@ -1087,17 +1204,13 @@ class PSPO(nn.Module):
         # Eq. (6): a stochastic gradient step of both critics towards y
         q = self.critic(obs, action)  # (2, B)
         critic_loss = (q - target).square().mean(1).sum()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        critic_loss.backward()
-        self.critic_optimizer.step()
+        self.critic_optimizer.minimise(critic_loss)
 
         # Eq. (9): a stochastic gradient step of the policy, then of the multipliers
         pi_mean, pi_log_std = self.actor(obs)
         noise = torch.randn(args.action_samples // 2, *pi_mean.shape, device=obs.device)
         u = pi_mean + pi_log_std.exp() * noise  # (M/2, B, act)
-        self.critic.requires_grad_(False)
         q_pi = self.q_value(self.critic, obs, u)  # (M/2, B)
-        self.critic.requires_grad_(True)
         with torch.no_grad():
             mu, previous = self.behaviour(obs), self.previous(obs)
         kl_behaviour = gaussian_kl(pi_mean, pi_log_std, *mu)
@@ -1118,9 +1231,7 @@ class PSPO(nn.Module):
                 log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
             log_pi = gaussian_log_prob(u, pi_mean, pi_log_std)
             actor_loss = actor_loss + alpha * projection_loss(q, log_weights, alpha, log_pi)
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        actor_loss.backward()
-        self.actor_optimizer.step()
+        self.actor_optimizer.minimise(actor_loss)
 
         with torch.no_grad():
             # Dual ascent: η grows while the constraint of Eq. (9) is violated and shrinks while it is slack.
@@ -1129,10 +1240,8 @@ class PSPO(nn.Module):
             if args.target_kl > 0:
                 excess = kl_behaviour.mean() / args.target_kl - 1
                 self.log_alpha.add_(args.alpha_lr * excess.clamp(-1, 1))
-            for mine, theirs in zip(self.target_critic.parameters(), self.critic.parameters(), strict=True):
-                mine.lerp_(theirs, args.target_rate)
-            for mine, theirs in zip(self.average.parameters(), self.actor.parameters(), strict=True):
-                mine.lerp_(theirs, args.average_rate)
+            follow(self.target_critic, self.critic, args.target_rate)
+            follow(self.average, self.actor, args.average_rate)
             # Rollouts go on from the sampled next state; a finished one starts again at a state of the data.
             self.rollout_age.add_(1)
             restart = rollout_terminal | (self.rollout_age >= args.rollout_horizon)
@@ -1141,17 +1250,13 @@ class PSPO(nn.Module):
             self.rollout_obs.copy_(torch.where(restart[:, None], fresh, rollout_next))
             self.rollout_age.mul_(~restart)
             log_belief = self.log_belief()
-        return {  # in the order in which they are computed
-            "rollout/state_max": rollout_next.abs().max(), "critic/target_max": target.abs().max(),
-            "critic/loss": critic_loss, "critic/q_data": q[:, :num_data_rows].mean(),
-            "critic/q_model": q[:, num_data_rows:].mean(), "critic/q_max": q.max(),
-            "policy/objective": -actor_loss, "policy/kl_behaviour": kl_behaviour.mean(),
-            "policy/kl_previous": kl_previous.mean(), "policy/eta": self.log_eta.exp(),
-            "policy/alpha": self.log_alpha.exp(), "policy/log_std": pi_log_std.mean(),
-            "policy/i": self.policy_iteration.clone(),
-            "posterior/entropy": -(log_belief.exp() * log_belief).sum(), "posterior/largest": log_belief.max().exp(),
-            "rollout/terminals": rollout_terminal.float().mean(),
-        }  # fmt: skip
+        with torch.no_grad():
+            return torch.stack([  # in the order of METRICS
+                rollout_next.abs().max(), target.abs().max(), critic_loss, q[:, :num_data_rows].mean(),
+                q[:, num_data_rows:].mean(), q.max(), -actor_loss, kl_behaviour.mean(), kl_previous.mean(),
+                self.log_eta.exp(), self.log_alpha.exp(), pi_log_std.mean(), self.policy_iteration.float(),
+                -(log_belief.exp() * log_belief).sum(), log_belief.max().exp(), rollout_terminal.float().mean(),
+            ])  # fmt: skip
 
     # --- Diagnostics ---
 
@@ -1902,18 +2007,17 @@ def run(args: Args) -> Path:
                 log, sums = RunLog(run_dir, rows), None if state["sums"] is None else state["sums"].to(device)
 
         # Policy iteration
-        guard = None
+        guard = Guard("iteration", PSPO.METRICS, DIVERGENCE, learner.metric_bounds())
+        step = fast(learner.iterate, device, args.compile)
         progress = bar(total=args.iterations, initial=done, desc="policy")
         for iteration in range(done + 1, args.iterations + 1):
             # The decreasing step sizes of Eq. (6)
-            learner.critic_optimizer.param_groups[0]["lr"] = args.critic_lr * (1 - (iteration - 1) / args.iterations)
+            learner.critic_optimizer.rates[0].fill_(args.critic_lr * (1 - (iteration - 1) / args.iterations))
             if args.redraw_every and iteration % args.redraw_every == 0:
                 learner.redraw(pool)
-            values = learner.iterate()
-            row = torch.stack([value.detach().float() for value in values.values()])
+            row = step()
             require(sums is None or sums.shape == row.shape, "the checkpoint's sums are not those of the metrics")
             sums = row if sums is None else sums + row
-            guard = guard or Guard("iteration", list(values), DIVERGENCE, learner.metric_bounds())
             guard.add(iteration, row)
             progress.update()
             evaluating = iteration % args.eval_every == 0 or iteration == args.iterations
@@ -1925,7 +2029,7 @@ def run(args: Args) -> Path:
             require(good, f"iteration {iteration}: network weights not finite: {DIVERGENCE['policy']}")
             if evaluating:
                 since = (iteration - 1) % args.eval_every + 1
-                means = dict(zip(values, (sums / since).tolist(), strict=True))
+                means = dict(zip(PSPO.METRICS, (sums / since).tolist(), strict=True))
                 played = play(learner.average.act, episodes=args.eval_episodes, seed=args.seed + 10_000)
                 start = torch.as_tensor(played["start"], dtype=torch.float32, device=device)
                 row = {"iteration": iteration} | means

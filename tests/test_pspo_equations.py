@@ -544,7 +544,7 @@ def policy_steps(small, epsilon, updates):
     measured, on_fixed = [], []
     for _ in range(updates):
         i, before = learner.policy_iteration.item(), copy.deepcopy(learner.previous)
-        kl = learner.iterate()["policy/kl_previous"].item()
+        kl = learner.iterate()[learner.METRICS.index("policy/kl_previous")].item()
         if learner.policy_iteration.item() > i:
             measured.append(kl)
             with torch.no_grad():

@@ -1,0 +1,189 @@
+"""What makes the scripts fast must not change their numbers: Adam, compiling, what a CUDA graph needs, evaluation."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import iql
+import pspo
+
+HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
+HAS_COMPILER = iql.shutil.which(iql.os.environ.get("CXX", "g++"))
+
+
+def toy_data(obs_dim, act_dim, rows=512):
+    g = torch.Generator().manual_seed(0)
+    return dict(
+        observations=torch.randn(rows, obs_dim, generator=g),
+        actions=torch.rand(rows, act_dim, generator=g) * 1.9 - 0.95,
+        rewards=torch.rand(rows, generator=g),
+        next_observations=torch.randn(rows, obs_dim, generator=g),
+        terminals=torch.rand(rows, generator=g) < 0.1,
+    )
+
+
+def iql_learner(**changes):
+    args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", hidden=16, batch_size=32, **changes))
+    torch.manual_seed(0)
+    return iql.IQL(args, toy_data(11, 3))
+
+
+def pspo_learner(env_id="hopper-medium-v2", **changes):
+    small = dict(
+        pool_size=4, active_models=3, dynamics_hidden=16, hidden=16, batch_size=32, model_samples=2, action_samples=4
+    )
+    args, domain = pspo.resolve(pspo.Args(env_id=env_id, **small | changes))
+    dims = (3, 1) if domain == "liquidation" else (11, 3)
+    torch.manual_seed(0)
+    pool = pspo.Dynamics(args.pool_size, *dims, args.dynamics_hidden, args.dynamics_layers)
+    pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, dims[0]))
+    learner = pspo.PSPO(args, toy_data(*dims), domain)
+    learner.behaviour.requires_grad_(False)
+    learner.redraw(pool)
+    return learner
+
+
+# Every path that --posterior, --evidence and --projection choose
+LEARNERS = {
+    "iql": lambda: iql_learner(),
+    "iql, dropout": lambda: iql_learner(dropout=0.1),
+    "pspo": lambda: pspo_learner(),
+    "pspo, liquidation": lambda: pspo_learner("liquidation"),
+    "pspo, uniform": lambda: pspo_learner(posterior="uniform", evidence_scale="mean"),
+    "pspo, pessimistic": lambda: pspo_learner(posterior="pessimistic"),
+    "pspo, critic": lambda: pspo_learner(evidence="critic"),
+    "pspo, no regularisation": lambda: pspo_learner(regularization=False),
+}
+
+
+def step_of(learner):
+    return learner.update if isinstance(learner, iql.IQL) else learner.iterate
+
+
+@pytest.mark.parametrize("script", [pspo, iql])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_is_pytorchs(script, weight_decay):
+    """Two groups, changing rates, a state that goes through a checkpoint half-way: to the last bit."""
+    torch.manual_seed(0)
+    ours = [torch.randn(2, 5, 3, requires_grad=True), torch.randn(3, requires_grad=True)]
+    theirs = copy.deepcopy(ours)
+    adam = script.Adam((ours[:1], 0.1), (ours[1:], 0.01), weight_decay=weight_decay)
+    groups = [{"params": theirs[:1], "lr": 0.1}, {"params": theirs[1:], "lr": 0.01}]
+    reference = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    for step in range(20):
+        target = torch.randn(3)
+        adam.rates[0].fill_(0.1 / (1 + step))
+        reference.param_groups[0]["lr"] = 0.1 / (1 + step)
+        adam.minimise((ours[0].sin().sum((0, 1)) * ours[1] - target).square().sum())
+        reference.zero_grad()
+        (theirs[0].sin().sum((0, 1)) * theirs[1] - target).square().sum().backward()
+        reference.step()
+        if step == 9:
+            state = copy.deepcopy(adam.state_dict())
+            adam = script.Adam((ours[:1], 1.0), (ours[1:], 1.0), weight_decay=weight_decay)
+            adam.load_state_dict(state)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-6, atol=0)
+
+
+def test_gradients_reach_no_other_parameters():
+    """The policy's gradient goes through the critic and leaves nothing there."""
+    learner = pspo_learner()
+    before = [p.clone() for p in learner.critic.parameters()]
+    loss = -learner.critic(learner.data["observations"], learner.actor(learner.data["observations"])[0].tanh()).mean()
+    learner.actor_optimizer.minimise(loss)
+    assert all(p.grad is None for p in learner.parameters())
+    assert all(torch.equal(p, b) for p, b in zip(learner.critic.parameters(), before, strict=True))
+
+
+class NoHostWaits(TorchDispatchMode):
+    """Raises where a GPU would have to be waited for: a value or a data-dependent size is asked for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        assert name not in HOST_WAITS, f"{name} waits for the device"
+        masks = [x for x in (args[1] if name.startswith("aten::index") else ()) if isinstance(x, torch.Tensor)]
+        assert all(x.dtype != torch.bool for x in masks), f"{name} with a mask waits for the device"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_step_never_waits_for_the_device(name):
+    step = step_of(LEARNERS[name]())
+    with NoHostWaits():
+        for _ in range(2):
+            step()
+
+
+def test_the_watch_for_waits_sees_them():
+    x = torch.arange(3.0)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 1], lambda: bool(x.sum() > 0), lambda: (x > 1).nonzero()):
+        with pytest.raises(AssertionError, match="waits for the device"), NoHostWaits():
+            wait()
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_step_keeps_its_state_in_place(name):
+    """A CUDA graph replays addresses: all that a step changes must stay where it is, and Python must change nothing."""
+    learner = LEARNERS[name]()
+
+    def tensors():
+        optimizers = [x for x in vars(learner).values() if type(x).__name__ == "Adam"]
+        assert len(optimizers) == 2
+        state = [*learner.state_dict(keep_vars=True).values(), *learner.data.values()]
+        for optimizer in optimizers:
+            state += [optimizer.count, *optimizer.rates, *optimizer.means, *optimizer.squares]
+        return [x.data_ptr() for x in state]
+
+    def scalars():
+        return {key: value for key, value in vars(learner).items() if isinstance(value, (int, float, list, bool))}
+
+    step, addresses, plain = step_of(learner), tensors(), copy.deepcopy(scalars())
+    first, second = step(), step()
+    assert tensors() == addresses and scalars() == plain
+    assert first.data_ptr() != second.data_ptr() and not first.requires_grad
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("name", ["iql", "pspo"])
+def test_compiled_equals_eager(name):
+    """The same random stream, the same numbers; fullgraph: compiled in one piece, or it raises."""
+    eager, compiled = LEARNERS[name](), LEARNERS[name]()
+    script = iql if name == "iql" else pspo
+    steps = step_of(eager), script.fast(step_of(compiled), torch.device("cpu"), True)
+    rows = []
+    for step in steps:
+        torch.manual_seed(1)
+        rows.append(torch.stack([step() for _ in range(12)]))
+    assert torch.allclose(*rows, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(eager.state_dict().values(), compiled.state_dict().values(), strict=True):
+        assert torch.allclose(mine.float(), theirs.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(iql.UserError, match="no-such-compiler"):
+        iql.fast(lambda: torch.zeros(1), torch.device("cpu"), True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", LEARNERS)
+def test_captured_equals_eager(name):
+    """On a GPU: recorded and replayed against called, on the same random stream, across a change of the rates."""
+    rows = []
+    for captured in (False, True):
+        learner = LEARNERS[name]().cuda()
+        learner.data = {key: value.cuda() for key, value in learner.data.items()}
+        learner = type(learner)(learner.args, learner.data, *([] if name.startswith("iql") else ["hopper"]))
+        step = iql.Captured(step_of(learner)) if captured else step_of(learner)
+        torch.cuda.manual_seed(1)
+        row = []
+        for i in range(12):
+            for optimizer in vars(learner).values():
+                if type(optimizer).__name__ == "Adam":
+                    optimizer.rates[0].fill_(1e-3 / (1 + i))
+            row.append(step())
+        rows.append(torch.stack(row).cpu())
+    assert torch.allclose(*rows, rtol=1e-3, atol=1e-4)
