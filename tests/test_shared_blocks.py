@@ -1,5 +1,6 @@
 """The scripts are self-contained, so what they share is copied: here it is held identical, letter for letter."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,15 @@ def test_block_is_identical(script, name):
     if (script, name) == ("steer_poe.py", "fast steps"):
         pytest.skip("its actors are frozen, and what it trains is small")
     assert block(script, name) == block("pspo.py", name)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "evaluate_liquidation", "save_gif", "compare_with_optimum"])
+def test_function_is_identical(name):
+    """Functions outside the blocks that the two learners share."""
+    sources = []
+    for script in ("pspo.py", "iql.py"):
+        text = (ROOT / script).read_text()
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert len(nodes) == 1
+        sources.append(ast.get_source_segment(text, nodes[0]).splitlines())
+    assert sources[0] == sources[1]

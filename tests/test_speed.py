@@ -1,7 +1,10 @@
 """What makes the scripts fast must not change their numbers: Adam, compiling, what a CUDA graph needs, evaluation."""
 
 import copy
+import functools
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,3 +190,23 @@ def test_captured_equals_eager(name):
             row.append(step())
         rows.append(torch.stack(row).cpu())
     assert torch.allclose(*rows, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 100])
+def test_evaluation_is_the_same_on_any_number_of_cores(cores, monkeypatch):
+    """Against one environment at a time, episodes of different lengths, more of them than environments."""
+    make_env = functools.partial(gym.make, "liquidation_env:Liquidation-v0")
+    torch.manual_seed(0)
+    actor = pspo.Actor(3, 1, 8)
+    monkeypatch.setattr(pspo.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    played = pspo.evaluate(actor.act, make_env, 60, 3, 0.9)
+    env = make_env()
+    for i in range(60):
+        obs, done, total, discounted, step = env.reset(seed=3 + i)[0], False, 0.0, 0.0, 0
+        assert np.array_equal(played["start"][i], obs)
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(actor.act(obs[None])[0].clip(-1, 1))
+            total, discounted, step = total + reward, discounted + 0.9**step * reward, step + 1
+            done = terminated or truncated
+        assert played["returns"][i] == pytest.approx(total, rel=1e-4, abs=1e-3)
+        assert played["discounted"][i] == pytest.approx(discounted, rel=1e-4, abs=1e-3)
