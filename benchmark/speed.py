@@ -1,0 +1,363 @@
+"""How fast the scripts' training steps are: beside the matrix products they need, and beside other implementations.
+
+    python benchmark/speed.py                                   # this machine: 1 and 2 CPU threads, and a GPU if any
+    python benchmark/speed.py --compile                         # the compiled steps, too
+    python benchmark/speed.py --peers DIR --jax-python PYTHON   # and CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL
+    python benchmark/speed.py --growth                          # the dynamics update over members, batch and width
+
+DIR holds checkouts, each under its own name. Their update code runs as it is, on random rows; the modules that it only
+imports (gym, d4rl, wandb, pyrallis) have stand-ins. All works of a run take turns, one step each, so a machine that
+slows down slows all of them: ratios hold. The floor of a work is the same products, at the same shapes, one after
+another into memory that is there already, with nothing in between. The table goes to <output>.md, the numbers, with
+the machine and the command, to <output>.json.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts are not installed
+from speed_peers import peer_steps  # noqa: E402  (beside this file)
+
+import iql  # noqa: E402
+import pspo  # noqa: E402
+
+OBS, ACT, ROWS = 11, 3, 100_000  # hopper's dimensions
+NETS = dict(critic=(2, OBS + ACT, 1), value=(1, OBS, 1), gaussian=(1, OBS, ACT), actor=(1, OBS, 2 * ACT))
+Product = tuple[int, int, int, int]  # size, m, k, n: a stack of (m, k) @ (k, n)
+
+
+@dataclass
+class Args:
+    threads: tuple[int, ...] = (1, 2)
+    """numbers of CPU threads to measure with"""
+    rounds: int = 50
+    """timed steps of every work"""
+    only: str = ""
+    """measure only works whose name contains this"""
+    compile: bool = False
+    """also measure the steps compiled by torch.compile (half a minute of compiling each)"""
+    growth: bool = False
+    """measure how the dynamics update grows with members, batch and width instead"""
+    evaluation: bool = True
+    """measure 100 evaluation episodes of hopper"""
+    peers: Path | None = None
+    """a folder with checkouts of CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL; what is missing is skipped"""
+    jax_python: str | None = None
+    """a Python with jax, flax, optax and distrax, for unifloral and JAX-CORL"""
+    small: bool = False
+    """tiny networks, to test this program"""
+    output: Path = Path("speed")
+    """where to write, without suffix"""
+
+
+@dataclass
+class Work:
+    """One thing to measure: a step and the matrix products that it cannot do without."""
+
+    name: str
+    step: Callable[[], object]
+    products: list[Product] = field(default_factory=list)
+
+    @property
+    def flop(self) -> int:
+        return sum(2 * size * m * k * n for size, m, k, n in self.products)
+
+
+def mlp(size: int, rows: int, widths: list[int], backward: str = "") -> list[Product]:
+    """Products of a stack of MLPs on `rows` rows: forward, and "weights" or "inputs" (of all layers) backward."""
+    forward = [(size, rows, k, n) for k, n in pairwise(widths)]
+    weights = [(size, k, rows, n) for k, n in pairwise(widths)]
+    inputs = [(size, rows, n, k) for k, n in pairwise(widths)]
+    return forward + {"": [], "weights": weights + inputs[1:], "inputs": inputs}[backward]
+
+
+def net(name: str, rows: int, hidden: int, backward: str = "") -> list[Product]:
+    size, width, out = NETS[name]
+    return mlp(size, rows, [width, hidden, hidden, out], backward)
+
+
+def iql_products(args: iql.Args) -> list[Product]:
+    """Eqs. (5) to (7): V is asked before and after its step, at s and s' then."""
+    b, h = args.batch_size, args.hidden
+    value = net("value", b, h, "weights") + net("value", 2 * b, h)
+    return value + net("critic", b, h) + net("critic", b, h, "weights") + net("gaussian", b, h, "weights")
+
+
+def dynamics_products(members: int, batch: int, width: int, layers: int) -> list[Product]:
+    return mlp(members, batch, [OBS + ACT, *[width] * layers, 2 * (1 + OBS)], "weights")
+
+
+def pspo_products(args: pspo.Args) -> list[Product]:
+    """Eqs. (3) to (9), in the order of PSPO.iterate; the default posterior and projection."""
+    b, h, rows, samples = args.batch_size, args.hidden, args.batch_size // 2, args.action_samples
+    few = args.evidence_rows
+    model = [OBS + ACT, *[args.dynamics_hidden] * args.dynamics_layers, 2 * (1 + OBS)]
+    products = [p for n in (rows, few) for p in mlp(args.active_models, n, model)]
+    for n in (rows, args.active_models * few, args.model_samples * rows):  # V at these
+        products += net("actor", n, h) + net("actor", n, h) + net("critic", samples * n, h)
+    products += net("actor", rows, h) + net("critic", b, h, "weights")
+    products += net("actor", b, h, "weights") + net("critic", samples // 2 * b, h, "inputs") + 2 * net("actor", b, h)
+    return products
+
+
+def random_rows(obs_dim: int, act_dim: int, device: torch.device) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    data = dict(
+        observations=torch.randn(ROWS, obs_dim, generator=g),
+        actions=torch.rand(ROWS, act_dim, generator=g) * 1.9 - 0.95,
+        rewards=torch.rand(ROWS, generator=g),
+        next_observations=torch.randn(ROWS, obs_dim, generator=g),
+        terminals=torch.rand(ROWS, generator=g) < 0.01,
+    )
+    return {key: value.to(device) for key, value in data.items()}
+
+
+def pspo_work(name: str, device: torch.device, compiled: bool, **changes) -> Work:
+    args, domain = pspo.resolve(pspo.Args(**changes))
+    dims = (3, 1) if domain == "liquidation" else (OBS, ACT)
+    pool = pspo.Dynamics(args.pool_size, *dims, args.dynamics_hidden, args.dynamics_layers).to(device)
+    pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, dims[0]))
+    learner = pspo.PSPO(args, random_rows(*dims, device), domain)
+    learner.behaviour.requires_grad_(False)
+    learner.redraw(pool)
+    products = [] if domain == "liquidation" else pspo_products(args)
+    return Work(name, pspo.fast(learner.iterate, device, compiled), products)
+
+
+def dynamics_work(members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool) -> Work:
+    """train_dynamics' inner step, written once more: it is a closure there."""
+    pool, data = pspo.Dynamics(members, OBS, ACT, width, layers).to(device), random_rows(OBS, ACT, device)
+    inputs = torch.cat([data["observations"], data["actions"]], -1)
+    outputs = torch.cat([data["rewards"][:, None], data["next_observations"]], -1)
+    optimizer = pspo.Adam((pool.parameters(), 1e-4), weight_decay=7.5e-5)
+    bootstrap = torch.randint(ROWS, (members, ROWS), device=device, dtype=torch.int32)
+
+    def learn() -> torch.Tensor:
+        columns = torch.randint(ROWS, (members, batch), device=device)
+        rows = bootstrap.gather(1, columns).long()
+        losses = pspo.beta_nll(*pool.standardised(inputs[rows]), outputs[rows]).mean((1, 2))
+        optimizer.minimise(losses.sum())
+        return losses.detach()
+
+    products = dynamics_products(members, batch, width, layers)
+    name = f"dynamics, {members} × {layers} × {width}, batch {batch}"
+    return Work(name, pspo.fast(learn, device, compiled), products)
+
+
+def our_works(args: Args, device: torch.device) -> list[Work]:
+    works = []
+    small = dict(hidden=8, batch_size=32) if args.small else {}
+    for compiled in (False, True) if args.compile else (False,):
+        end = ", compiled" if compiled else ""
+        iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", **small))
+        learner = iql.IQL(iql_args, random_rows(OBS, ACT, device))
+        works.append(Work(f"IQL{end}", iql.fast(learner.update, device, compiled), iql_products(iql_args)))
+        for members, width, layers in ((2, 8, 2),) if args.small else ((10, 200, 3), (100, 256, 4)):
+            work = dynamics_work(members, 256, width, layers, device, compiled)
+            work.name += end
+            works.append(work)
+        # The shapes of one update, whatever an option's default is at the moment: named in full
+        hopper = dict(env_id="hopper-medium-v2", pool_size=10, active_models=10, **small)
+        published = dict(dynamics_hidden=256, dynamics_layers=4, model_samples=10, action_samples=20)
+        if args.small:
+            published = dict(dynamics_hidden=8, dynamics_layers=2)
+        works += [
+            pspo_work(f"PSPO, hopper --quick{end}", device, compiled, quick=True, **hopper),
+            pspo_work(f"PSPO, hopper, paper's setting{end}", device, compiled, **hopper | published),
+            pspo_work(f"PSPO, liquidation{end}", device, compiled, pool_size=10, active_models=10, **small),
+        ]
+    return works
+
+
+def floor(products: list[Product], device: torch.device) -> Callable[[], None]:
+    """The products alone."""
+    new = {shape: torch.randn(shape, device=device) for p in products for shape in ((p[0], p[1], p[2]), p[:1] + p[2:])}
+    out = {(p[0], p[1], p[3]): torch.empty(p[0], p[1], p[3], device=device) for p in products}
+
+    def step() -> None:
+        for size, m, k, n in products:
+            a, b, c = new[size, m, k], new[size, k, n], out[size, m, n]
+            if n == 1:  # one output: the transposed product, which libraries do far faster
+                torch.bmm(b.mT, a.mT, out=c.view(size, 1, m))
+            else:
+                torch.bmm(a, b, out=c)
+
+    return step
+
+
+def milliseconds(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Every step in turn, `rounds` times, after three rounds that do not count."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 5):
+        for name, step in steps.items():
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            if i >= 5:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def spread(times: list[float]) -> tuple[float, float, float]:
+    """Median, 10% and 90% quantile."""
+    low, _, _, _, middle, _, _, _, high = statistics.quantiles(times, n=10, method="inclusive")
+    return middle, low, high
+
+
+def measure(works: list[Work], args: Args, device: torch.device) -> list[dict]:
+    works = [work for work in works if args.only in work.name]
+    steps = {work.name: work.step for work in works}
+    steps |= {f"floor of {work.name}": floor(work.products, device) for work in works if work.products}
+    side = 64 if args.small else 2048
+    big = Work("", None, [(1, side, side, side)])
+    steps["matrix product"] = floor(big.products, device)
+    times = {name: spread(t) for name, t in milliseconds(steps, args.rounds, device).items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    peak = big.flop / times["matrix product"][0] / 1e6
+    print(f"\n{where}: matrix products of {side}³ at {peak:.0f} GFLOP/s", flush=True)
+    rows = []
+    for work in works:
+        middle, low, high = times[work.name]
+        row = {"where": where, "work": work.name, "ms": middle, "ms_10%": low, "ms_90%": high, "peak_gflops": peak}
+        if work.products:
+            least = times[f"floor of {work.name}"][0]
+            row |= {"mflop": work.flop / 1e6, "floor_ms": least, "ratio": middle / least}
+            row["share_of_peak"] = work.flop / middle / 1e6 / peak
+        rows.append(row)
+        print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+    return rows
+
+
+def growth_works(args: Args, device: torch.device) -> list[Work]:
+    members, batch, width = (2, 16, 8) if args.small else (10, 256, 256)
+    grid = [(m, batch, width) for m in (1, 2, 5, 10, 20, 50, 100, 200)]
+    grid += [(members, b, width) for b in (32, 64, 128, 512, 1024)]
+    grid += [(members, batch, w) for w in (64, 128, 512)]
+    return [dynamics_work(m, b, w, 4, device, False) for m, b, w in (grid[:2] if args.small else grid)]
+
+
+def evaluation(args: Args) -> list[dict]:
+    """100 episodes of hopper by an untrained policy: pspo.evaluate against one environment after the other."""
+    import gymnasium as gym
+
+    def make_env() -> gym.Env:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gym.make("Hopper-v4")
+
+    episodes, actor = 4 if args.small else 100, pspo.Actor(OBS, ACT, 256)
+
+    def one_by_one() -> int:
+        env, steps = make_env(), 0
+        for i in range(episodes):
+            obs, done = env.reset(seed=i)[0], False
+            while not done:
+                obs, _, terminated, truncated, _ = env.step(np.clip(actor.act(obs[None])[0], -1, 1))
+                done, steps = terminated or truncated, steps + 1
+        env.close()
+        return steps
+
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {"evaluate": [], "one environment": []}
+    for _ in range(2 if args.small else 7):
+        for name, play in (
+            ("evaluate", lambda: pspo.evaluate(actor.act, make_env, episodes, 0, 0.99)),
+            ("one environment", one_by_one),
+        ):
+            start = time.perf_counter()
+            steps = play()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    rows = []
+    for name, t in times.items():
+        middle, low, high = spread(t)
+        row = {"where": f"CPU, {os.cpu_count()} cores", "work": f"{episodes} hopper episodes, {name}", "ms": middle}
+        rows.append(row | {"ms_10%": low, "ms_90%": high})
+    rows[0]["speedup"] = rows[1]["ms"] / rows[0]["ms"]
+    print(f"\n{episodes} episodes, {steps} steps: {rows[0]['speedup']:.2f} times as fast as one environment")
+    return rows
+
+
+def jax_rows(args: Args) -> list[dict]:
+    """unifloral and JAX-CORL in a process of their own, once per number of threads."""
+    if not args.peers or not args.jax_python:
+        print("no --peers and --jax-python: JAX implementations not measured")
+        return []
+    rows = []
+    for threads in args.threads:
+        command = [args.jax_python, str(Path(__file__).with_name("speed_jax.py")), str(args.peers), str(args.rounds)]
+        cores = sorted(os.sched_getaffinity(0))[:threads]  # XLA takes every core that it may run on
+        run = subprocess.run(["taskset", "-c", ",".join(map(str, cores)), *command], capture_output=True, text=True)
+        if run.returncode:
+            print(f"JAX, {threads} threads: not measured: {run.stderr.strip().splitlines()[-1]}")
+            continue
+        for name, times in json.loads(run.stdout.splitlines()[-1]).items():
+            middle, low, high = spread(times)
+            where = f"CPU, {threads} threads"
+            rows.append({"where": where, "work": name, "ms": middle, "ms_10%": low, "ms_90%": high})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| where | work | ms (10–90%) | MFLOP | floor, ms | × floor |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["where"], row["work"], f"{row['ms']:.2f} ({row['ms_10%']:.2f}–{row['ms_90%']:.2f})"]
+        if "ratio" in row:
+            cells += [f"{row['mflop']:,.0f}", f"{row['floor_ms']:.2f}", f"{row['ratio']:.2f}"]
+        else:
+            cells += ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not torch.cuda.is_available():
+        lines.append("| GPU | all | not measured: none here | | | |")
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def main(args: Args) -> None:
+    rows = []
+    make = growth_works if args.growth else our_works
+    cpu = torch.device("cpu")
+    works = make(args, cpu)
+    if args.peers and not args.growth:
+        for name, step in peer_steps(args.peers.resolve(), random_rows(OBS, ACT, cpu)).items():
+            works.append(Work(name, step))
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        rows += measure(works, args, cpu)
+    if torch.cuda.is_available():
+        rows += measure(make(args, torch.device("cuda")), args, torch.device("cuda"))
+    else:
+        print("no GPU: its rows are not measured")
+    if not args.growth:
+        rows += jax_rows(args) + (evaluation(args) if args.evaluation else [])
+    machine = {"cpu": processor(), "platform": platform.platform(), "torch": torch.__version__}
+    content = {"command": " ".join(sys.argv), "machine": machine, "rows": rows}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
