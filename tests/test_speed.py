@@ -2,16 +2,23 @@
 
 import copy
 import functools
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import iql
 import pspo
 
+ROOT = Path(__file__).resolve().parents[1]
 HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
 HAS_COMPILER = iql.shutil.which(iql.os.environ.get("CXX", "g++"))
 
@@ -150,7 +157,7 @@ def test_a_step_keeps_its_state_in_place(name):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("name", ["iql", "pspo"])
+@pytest.mark.parametrize("name", ["iql", pytest.param("pspo", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(name):
     """The same random stream, the same numbers; fullgraph: compiled in one piece, or it raises."""
     eager, compiled = LEARNERS[name](), LEARNERS[name]()
@@ -210,3 +217,48 @@ def test_evaluation_is_the_same_on_any_number_of_cores(cores, monkeypatch):
             done = terminated or truncated
         assert played["returns"][i] == pytest.approx(total, rel=1e-4, abs=1e-3)
         assert played["discounted"][i] == pytest.approx(discounted, rel=1e-4, abs=1e-3)
+
+
+# --- benchmark/speed.py ---
+def bench():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    try:
+        return importlib.import_module("speed")
+    finally:
+        sys.path.remove(str(ROOT / "benchmark"))
+
+
+@pytest.mark.parametrize("name", ["IQL", "dynamics, 2", "PSPO, hopper --quick", "PSPO, hopper, paper"])
+def test_the_floor_counts_the_products_of_the_step(name):
+    """The products written down from the equations are those that PyTorch counts in a step: no more, no fewer."""
+    speed = bench()
+    torch.manual_seed(0)
+    works = speed.our_works(speed.Args(small=True), torch.device("cpu"))
+    (work,) = [work for work in works if work.name.startswith(name)]
+    with FlopCounterMode(display=False) as counter:
+        work.step()
+    assert counter.get_total_flops() == work.flop
+
+
+def test_benchmark_runs(tmp_path):
+    command = [sys.executable, "benchmark/speed.py", "--small", "--rounds", "3", "--threads", "1", "--only", "IQL"]
+    command += ["--peers", str(tmp_path), "--output", str(tmp_path / "out" / "speed")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "CORL: no checkout" in done.stdout and "JAX implementations not measured" in done.stdout
+    content = json.loads((tmp_path / "out" / "speed.json").read_text())
+    works = {row["work"]: row for row in content["rows"]}
+    assert works["IQL"]["ratio"] > 0 and works["IQL"]["ms_10%"] <= works["IQL"]["ms"] <= works["IQL"]["ms_90%"]
+    assert works["4 hopper episodes, evaluate"]["speedup"] > 0
+    table = (tmp_path / "out" / "speed.md").read_text()
+    assert table.count("\n|") == len(content["rows"]) + 1 + (not torch.cuda.is_available())
+    assert ("not measured" in table) == (not torch.cuda.is_available())
+
+
+def test_growth_runs(tmp_path):
+    speed = bench()
+    threads = torch.get_num_threads()
+    speed.main(speed.Args(small=True, rounds=3, threads=(1,), growth=True, output=tmp_path / "growth"))
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert [row["work"].split(",")[1].split()[0] for row in rows] == ["1", "2"]
