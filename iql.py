@@ -722,15 +722,15 @@ class Adam:
             p.mul_(1 - rate * self.weight_decay).sub_(rate * step)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(count=self.count, rates=self.rates, means=self.means, squares=self.squares)
+        return dict(count=self.count, means=self.means, squares=self.squares)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """In place: what recorded this optimiser's steps goes on to see its tensors."""
-        self.count.copy_(state["count"])
-        for key in ("rates", "means", "squares"):
-            for mine, theirs in zip(getattr(self, key), state[key], strict=True):
-                mine.copy_(theirs)
+        """In place: what recorded this optimiser's steps goes on to see its tensors. The rates are the caller's."""
+        mine, theirs = ([x["count"], *x["means"], *x["squares"]] for x in (self.state_dict(), state))
+        for tensor, saved in zip(mine, theirs, strict=True):
+            require(tensor.shape == saved.shape, "the optimiser's state is of other networks")
+            tensor.copy_(saved)
 
 
 class Captured:
