@@ -58,7 +58,7 @@ class Args:
     peers: Path | None = None
     """a folder with checkouts of CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL; what is missing is skipped"""
     jax_python: str | None = None
-    """a Python with jax, flax, optax and distrax, for unifloral and JAX-CORL"""
+    """a Python with jax, flax, optax, distrax and pydantic, for unifloral and JAX-CORL"""
     small: bool = False
     """tiny networks, to test this program"""
     output: Path = Path("speed")
