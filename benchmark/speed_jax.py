@@ -1,7 +1,7 @@
 """The JAX implementations' IQL updates, for benchmark/speed.py: python speed_jax.py CHECKOUTS ROUNDS -> JSON.
 
-Runs in a Python that has jax, flax, optax, distrax and, for JAX-CORL, pydantic. Many updates a call, as both projects do, compiled before;
-random rows.
+Runs in a Python that has jax, flax, optax, distrax and, for JAX-CORL, pydantic. Many updates a call, as both
+projects do, compiled before; random rows.
 """
 
 import importlib.util
