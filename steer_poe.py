@@ -1218,6 +1218,8 @@ def load_checkpoint(run_dir: Path) -> dict:
     remedy = f"PYTHONPATH={shlex.quote(str(Path(__file__).parent))} python {shlex.quote(str(run_dir / name))}"
     remedy = f"go on with the version that it kept: {remedy} --resume {shlex.quote(str(run_dir))}"
     require(ours == theirs, f"{path} is of {name} with SHA-256 {theirs}, this is {ours}: {remedy}")
+    seconds = saved.get("seconds")
+    require(type(seconds) is float and 0 <= seconds < math.inf, f"{path} has no running time: use one that a run saved")
     return saved
 
 
@@ -1247,7 +1249,7 @@ def saved_history(saved: dict, iterations: int, columns: Sequence[str]) -> tuple
     iteration, rows = saved["iteration"], saved["rows"]
     steps = [row["iteration"] for row in rows]
     fine = type(iteration) is int and 0 <= iteration <= iterations and steps == sorted(set(steps))
-    fine = fine and all(type(step) is int and 0 < step <= iteration for step in steps)
+    fine = fine and type(rows) is list and all(type(step) is int and 0 < step <= iteration for step in steps)
     fine = fine and (iteration < iterations or steps[-1:] == [iteration])
     for row in rows:
         numbers = all(type(value) is float for key, value in row.items() if key != "iteration")
