@@ -1753,7 +1753,7 @@ def plot(result: dict, curve: list[dict], target: np.ndarray, uncertainty: np.nd
     axes[2].scatter(uncertainty, target, s=4, alpha=0.4, linewidths=0)
     axes[2].set(
         xlabel="standard deviation over models", ylabel="TD target (reward ranges)",
-        title=f"Target, uncertainty (Figure 3): Spearman {result['spearman']:.2f}",
+        title=f"Figure 3: rank correlation {result['spearman']:.2f}",
     )  # fmt: skip
     if liquidation:
         import liquidation_env
