@@ -1470,8 +1470,9 @@ def flatten(obs: Any) -> np.ndarray:
 def make_eval_env(args: Args, domain: str, dataset: Dataset, shift: str = "none", **kwargs) -> gym.Env:
     """The evaluation environment: --eval-env-id, else the data set's own (Minari), else EVAL_ENVS' (D4RL), shifted."""
     maze = args.env_id.split("-")[1] if domain == "antmaze" and "-" in args.env_id else None
-    if args.eval_env_id or dataset.env_spec:
-        env_id, maze = args.eval_env_id or dataset.env_spec, None
+    spec = None if args.eval_env_id else dataset.env_spec
+    if args.eval_env_id or spec:
+        env_id, maze = args.eval_env_id or spec, None
     elif domain == "antmaze":
         require(maze in ANTMAZES, f"unknown --env-id {args.env_id}: the mazes are {', '.join(ANTMAZES)}")
         env_id = "AntMaze_UMaze-v4"
@@ -1485,13 +1486,16 @@ def make_eval_env(args: Args, domain: str, dataset: Dataset, shift: str = "none"
                 import gymnasium_robotics  # not at the top: only these environments need it
 
                 gym.register_envs(gymnasium_robotics)
+            env_id = registered(spec) if spec else env_id
             env = D4RLAntMaze(maze, **kwargs) if maze else gym.make(env_id, **kwargs)
         except ModuleNotFoundError as error:
             remedy = "gymnasium-robotics==1.4.2" if name.startswith("AntMaze") else error.name
             raise UserError(f"the evaluation environment {name} needs {error.name}: pip install {remedy}") from None
-        except gym.error.Error as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot make the evaluation environment {name}: {reason}: check --eval-env-id") from error
+        except UserError:
+            raise
+        except Exception as error:  # an unknown id, or whatever the environment's own code raises
+            what = f"cannot make the evaluation environment {name}"
+            raise UserError(f"{what}: {type(error).__name__}: {error}: check --eval-env-id") from error
     if shift in ("friction", "mass"):
         shift_model(env, shift)
     is_dict = isinstance(env.observation_space, gym.spaces.Dict)
@@ -2077,17 +2081,7 @@ def run(args: Args) -> Path:
 
 
 def main() -> None:
-    try:
-        run(command_line(Args, __doc__.split("\n\n")[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
-        print(f"error: {error}; the last checkpoint, if any, is intact", file=sys.stderr)
-        raise SystemExit(2) from None
+    exit_cleanly(lambda: run(command_line(Args, __doc__.split("\n\n")[0])))
 
 
 if __name__ == "__main__":

@@ -138,6 +138,16 @@ def test_the_code_of_an_environment_is_never_a_files_choice(script, tmp_path):
         script.registered(gym.envs.registration.EnvSpec("CartPole-v1", max_episode_steps=10**9))
 
 
+def test_the_evaluation_environment_runs_no_code_of_a_file(script, tmp_path):
+    """The same, where an environment is made: the hostile arguments reach CartPole, which has no use for them."""
+    arguments = {"path": str(tmp_path / "x")}
+    hostile = gym.envs.registration.EnvSpec("CartPole-v1", entry_point="os:mkdir", kwargs=arguments)
+    dataset, args = SimpleNamespace(env_spec=hostile), script.Args(env_id="mujoco/hopper/medium-v0")
+    with pytest.raises(script.UserError, match="cannot make the evaluation environment CartPole-v1"):
+        script.make_eval_env(args, "hopper", dataset)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_file_that_claims_more_than_it_can_hold(script, tmp_path):
     """A kilobyte that unpacks to terabytes is refused before memory is taken."""
     with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
