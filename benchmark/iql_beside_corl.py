@@ -30,6 +30,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from runner import interval  # noqa: E402
+
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
 EVAL_EVERY, EVAL_EPISODES, FINAL_EPISODES = 5000, 10, 100
@@ -100,7 +102,7 @@ def qlearning_rows(dataset: iql.Dataset) -> dict[str, np.ndarray]:
 def load_corl(checkout: Path, env_id: str, dataset: iql.Dataset, curve: list[tuple[int, float]]):
     """CORL's module with stand-ins for what it imports; its log of scores goes to `curve`."""
     domain = env_id.split("-")[0]
-    env = OldEnv({"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}[domain], domain)
+    env = OldEnv(iql.EVAL_ENVS[domain]["id"], domain)
 
     def log(values: dict, step: int) -> None:
         if "d4rl_normalized_score" in values:
@@ -198,12 +200,6 @@ def run_one(args: Args, who: str, seed: int) -> dict:
         result = json.loads(path.read_text())
     print(f"{time.strftime('%H:%M:%S')} {args.env_id}, {who}, seed {seed}: {result['final']:.1f}", flush=True)
     return result
-
-
-def interval(x: np.ndarray) -> float:
-    """Half-width of Student's 95% interval of the mean of (n,) values."""
-    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(x), 2.571)
-    return float(quantile * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")
 
 
 def figure(results: Path, path: Path) -> None:

@@ -331,23 +331,10 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys, no_figure)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_in_the_terminal(tmp_path, number):
-    """To the process, as soon as there is a run folder: exit code 130 or 143, and the command to go on works."""
-    process = start("--runs-dir", tmp_path, *flags(TINY | dict(iterations=100_000)))
-    while process.poll() is None and not list(tmp_path.glob("*/checkpoint.pt")):
-        time.sleep(0.05)
-    process.send_signal(number)
-    try:
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert "Traceback" not in err
-    run_dir = only_folder(tmp_path)
-    assert err.strip().splitlines()[-1] == f"interrupted: go on with python pspo.py --resume {run_dir}"
-    process = start("--resume", run_dir)
-    while process.poll() is None and not (run_dir / "metrics.csv").exists():
+def stopped_in_the_terminal(number, begun, *words):
+    """stderr of `python pspo.py …`, to which the signal comes as soon as begun() is true."""
+    process = start(*words)
+    while process.poll() is None and not begun():
         time.sleep(0.05)
     process.send_signal(number)
     try:
@@ -355,6 +342,18 @@ def test_signal_in_the_terminal(tmp_path, number):
     finally:
         process.kill()
     assert process.returncode == 128 + number, err
+    return err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_terminal(tmp_path, number):
+    """To the process, as soon as there is a run folder: exit code 130 or 143, and the command to go on works."""
+    words = ["--runs-dir", tmp_path, *flags(TINY | dict(iterations=100_000))]
+    err = stopped_in_the_terminal(number, lambda: list(tmp_path.glob("*/checkpoint.pt")), *words)
+    assert "Traceback" not in err
+    run_dir = only_folder(tmp_path)
+    assert err.strip().splitlines()[-1] == f"interrupted: go on with python pspo.py --resume {run_dir}"
+    stopped_in_the_terminal(number, (run_dir / "metrics.csv").exists, "--resume", run_dir)
 
 
 def test_nothing_left_to_read(reference, tmp_path, no_figure):
