@@ -214,8 +214,9 @@ class Args:
     # --- Posterior over models, Eqs. (3) and (4) ---
     posterior: Literal["evidence", "uniform", "pessimistic"] = "evidence"
     """evidence: Eq. (4); uniform: the paper's "Average Utilization"; pessimistic: k-th smallest target (PMDB)"""
-    evidence: Literal["data", "critic"] = "data"
-    """what Δ compares a model's target with: observed transitions (reading A) or the critic itself (reading B)"""
+    evidence: Literal["data", "critic", "likelihood"] = "data"
+    """what Δ compares a model's target with: observed transitions (reading A) or the critic itself (reading B);
+    likelihood: Δ is −log τ(r, s' | s, a) of observed transitions instead, plain Bayes without a critic"""
     evidence_scale: Literal["spread", "mean", "none"] = "spread"
     """the unit of Δ: its standard deviation over the active models, its mean over them, or squared reward ranges"""
     evidence_decay: float = 0.98
@@ -692,6 +693,12 @@ def model_evidence(model_target: torch.Tensor, observed_target: torch.Tensor) ->
     return (model_target - observed_target).double().square().mean(-1)  # float32's squares end at 1e38
 
 
+def mean_surprise(mean, std, observed, known) -> torch.Tensor:
+    """−log τ(r, s' | s, a) of the known observed (r, s'), averaged: (N, B, 1+obs) twice, (B, 1+obs), (B,) -> (N,)."""
+    surprise = (std.log() + 0.5 * ((observed - mean) / std).square()).sum(-1).double()  # (N, B), up to a constant
+    return (surprise * known).sum(-1) / known.sum().clamp(min=1)
+
+
 def posterior(evidence: torch.Tensor, strength: float) -> torch.Tensor:
     """Eq. (4): log P(τ) = −λ Δ_τ + constant over the last dimension, P₀ uniform.
 
@@ -1016,7 +1023,7 @@ class PSPO(nn.Module):
         super().__init__()
         self.args, self.data, self.terminal = args, data, TERMINAL[domain]
         obs, obs_dim, act_dim = data["observations"], data["observations"].shape[1], data["actions"].shape[1]
-        self.learns_belief = args.posterior == "evidence" and args.evidence == "data"  # reading A of Eq. (3)
+        self.learns_belief = args.posterior == "evidence" and args.evidence != "critic"  # reading A of Eq. (3)
         self.behaviour = Actor(obs_dim, act_dim, args.hidden)  # μ
         self.actor = Actor(obs_dim, act_dim, args.hidden)  # π
         self.previous = Actor(obs_dim, act_dim, args.hidden)  # π_i
@@ -1111,16 +1118,24 @@ class PSPO(nn.Module):
             return evidence / evidence.mean(-1, keepdim=True).clamp(min=1e-30)
         return evidence
 
-    def update_belief(self, obs, action, observed_target) -> None:
-        """Eq. (3) on observed transitions, (E, obs), (E, act), (E,), into the running averages behind Eq. (4)."""
+    def update_belief(self, obs, action, observed_target, observed, known) -> None:
+        """Eq. (3) on observed transitions into the running averages behind Eq. (4).
+
+        obs (E, obs), action (E, act), their observed Bellman targets (E,), observed (r, s') (E, 1+obs) and whether
+        s' is known (E,), which only --evidence likelihood looks at.
+        """
         mean, std = self.active(obs, action)  # (N, E, 1+obs)
-        # The same noise for every model, in s'' and in the actions of V: its part of Δ cancels between models.
-        _, next_obs = self.active.split(mean + std * torch.randn_like(mean[0]))
-        next_value = self.value(next_obs, common_noise=True)
-        reward, terminal = mean[..., 0] / self.reward_scale, self.terminal(next_obs)
-        delta = model_evidence(bellman_target(reward, terminal, next_value, self.args.gamma), observed_target)
-        if self.args.evidence_scale != "none":
-            delta = delta / delta.mean().clamp(min=1e-30)  # the critic's scale drifts: average relative evidence
+        if self.args.evidence == "likelihood":
+            delta = mean_surprise(mean, std, observed, known)
+            delta = delta - delta.mean() + 1  # average quality is 1, as below
+        else:
+            # The same noise for every model, in s'' and in the actions of V: its part of Δ cancels between models.
+            _, next_obs = self.active.split(mean + std * torch.randn_like(mean[0]))
+            next_value = self.value(next_obs, common_noise=True)
+            reward, terminal = mean[..., 0] / self.reward_scale, self.terminal(next_obs)
+            delta = model_evidence(bellman_target(reward, terminal, next_value, self.args.gamma), observed_target)
+            if self.args.evidence_scale != "none":
+                delta = delta / delta.mean().clamp(min=1e-30)  # the critic's scale drifts: average relative evidence
         decay = self.args.evidence_decay
         self.evidence_sum[self.members] = decay * self.evidence_sum[self.members] + delta
         self.evidence_weight[self.members] = decay * self.evidence_weight[self.members] + 1
@@ -1195,7 +1210,9 @@ class PSPO(nn.Module):
             data_target = bellman_target(reward / self.reward_scale, terminal, self.value(next_obs), args.gamma)
             if self.learns_belief:
                 few = slice(args.evidence_rows)
-                self.update_belief(obs[few], action[few], data_target[few])
+                observed = torch.cat([reward[few, None], next_obs[few]], -1)
+                known = ~(terminal[few] & (next_obs[few] == obs[few]).all(1))
+                self.update_belief(obs[few], action[few], data_target[few], observed, known)
             pi_mean, pi_log_std = self.actor(self.rollout_obs)
             rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh()
             model_target, rollout_next, rollout_terminal = self.model_targets(self.rollout_obs, rollout_action)
@@ -1803,6 +1820,11 @@ def resolve(args: Args) -> tuple[Args, str]:
         ("gamma", args.gamma < 1 or domain == "liquidation", "only liquidation has a horizon that allows γ = 1"),
         ("target_rate", args.target_rate <= 1, "must be at most 1"),
         ("evidence_decay", args.evidence_decay < 1, "must be below 1"),
+        (
+            "evidence_scale",
+            (args.evidence, args.evidence_scale) != ("likelihood", "mean"),
+            "a log-likelihood has no unit to divide by: use spread or none",
+        ),
         ("seed", args.seed >= 0, "must be 0 or more"),
         ("active_models", args.active_models >= 2, "must be at least 2, or there is nothing to weigh"),
         ("active_models", args.active_models <= (args.pool_size or math.inf), f"the pool has only {args.pool_size}"),

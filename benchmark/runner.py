@@ -58,16 +58,20 @@ class Job:
         """Run folders, the newest last."""
         return sorted((path.parent for path in self.folder.glob("*/args.json")), key=lambda run: run.stat().st_mtime)
 
-    def result(self) -> dict | None:
-        """result.json, if there is one. Raises UserError if it is of other settings."""
+    def finished(self) -> Path | None:
+        """The run folder that has a result.json. Raises UserError if it is of other settings."""
         for run in self.runs():
             if (run / "result.json").exists():
-                result = json.loads((run / "result.json").read_text())
-                other = self.difference(result)
+                other = self.difference(json.loads((run / "result.json").read_text()))
                 where = f"{run} was run with other settings ({other})"
                 require(not other, f"{where}: choose another --runs-dir, or delete it")
-                return result
+                return run
         return None
+
+    def result(self) -> dict | None:
+        """Its result.json."""
+        run = self.finished()
+        return json.loads((run / "result.json").read_text()) if run else None
 
     def difference(self, result: dict) -> str:
         """The settings in which a result.json is not this job's, in words; empty if it is."""

@@ -496,7 +496,8 @@ def learned_belief(small, corrupt, iterations=60, **settings):
             rows = torch.randint(len(data["rewards"]), (32,))
             obs, action, reward, next_obs, ends = (data[name][rows] for name in data)
             observed = pspo.bellman_target(reward / learner.reward_scale, ends, learner.value(next_obs), 1.0)
-            learner.update_belief(obs, action, observed)
+            seen = torch.cat([reward[:, None], next_obs], -1)
+            learner.update_belief(obs, action, observed, seen, torch.ones_like(ends))
         belief = learner.log_belief().exp()
     return sum(belief[learner.members == member].item() for member in CORRUPTED)
 
@@ -523,6 +524,31 @@ def test_belief_without_evidence_is_uniform(small):
     assert learned_belief(small, bias_reward(0.7), likelihood_coef=0.0) == pytest.approx(0.3)
     assert learned_belief(small, bias_reward(0.7), posterior="uniform") == pytest.approx(0.3)
     assert 0.12 < learned_belief(small, bias_reward(0.0)) < 0.6
+
+
+def test_mean_surprise_is_the_negative_log_likelihood():
+    """−log τ(r, s' | s, a) as torch.distributions has it, up to a constant; rows without a next state are left out."""
+    torch.manual_seed(0)
+    mean, std, observed = torch.randn(3, 5, 4), torch.rand(3, 5, 4) + 0.1, torch.randn(5, 4)
+    known = torch.tensor([True, True, False, True, True])
+    expected = -torch.distributions.Normal(mean, std).log_prob(observed).sum(-1)[:, known].mean(1).double()
+    surprise = pspo.mean_surprise(mean, std, observed, known)
+    assert surprise.dtype == F64 and surprise.shape == (3,)
+    torch.testing.assert_close(surprise - surprise[0], expected - expected[0], rtol=1e-5, atol=1e-5)
+    assert pspo.mean_surprise(mean, std, observed, torch.zeros_like(known)).tolist() == [0, 0, 0]
+
+
+def test_likelihood_evidence_leaves_corrupted_models(small):
+    """--evidence likelihood: a bias costs a model its mass, and so does a spread that is too small, which says little
+    about Δ; at λ = 0 nothing does."""
+
+    def overconfident(_, pool):
+        pool.net.biases[-1][CORRUPTED, 0, 4:] -= 1.5  # log-std
+
+    for corrupt in (bias_reward(0.7), overconfident):
+        assert learned_belief(small, corrupt, evidence="likelihood") < 0.12  # uniform: 0.3
+    assert learned_belief(small, overconfident, evidence="likelihood", likelihood_coef=0.0) == pytest.approx(0.3)
+    assert 0.12 < learned_belief(small, overconfident) < 0.6
 
 
 def test_mixture_log_weights_integrate_to_one():

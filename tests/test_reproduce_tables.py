@@ -70,7 +70,8 @@ def test_drop():
 
 
 @pytest.mark.parametrize(
-    "table, runs", [("pspo-table1", 90), ("pspo-table2", 15), ("pspo-table3", 270), ("iql-locomotion", 45)]
+    "table, runs",
+    [("pspo-table1", 90), ("pspo-table2", 15), ("pspo-table3", 270), ("iql-locomotion", 45), ("steering", 45)],
 )
 def test_plan(table, runs):
     """Data set × variant × seed; Table 3 shares its first column with Table 1."""
@@ -103,6 +104,52 @@ def test_report_of_nothing(monkeypatch, capsys, tmp_path):
     assert out.count("not run") == 18
     out, _ = call(monkeypatch, capsys, tmp_path, "pspo-table3", "--report", "--quick")
     assert "68.1% (0.9x)" in (tmp_path / "out" / "pspo_table3_quick.md").read_text()
+
+
+def cells_of(difference, low, high, alpha, **others):
+    """A row of cells.csv in which PoE(α) differs from Frozen's 50.0 by so much, with the bootstrap's interval."""
+    numbers = dict(objective_difference=difference, objective_low=low, objective_high=high)
+    return dict(prior="clean", shift="none", goal="speed", rule="poe", alpha=alpha, objective=0) | numbers | others
+
+
+def steering_run(job, selected, rows):
+    """A finished run folder of steer_poe.py with these cells."""
+    run = job.folder / "run"
+    run.mkdir(parents=True)
+    (run / "args.json").write_text("{}")
+    machine = {"device": "cpu", "threads": 1}
+    data = {"source": "generated, seed 1", "sha256": "0"}
+    result = dict(args=job.resolved(), machine=machine, dataset=data, seconds=60, frozen_score=1, frozen_return=2)
+    (run / "result.json").write_text(json.dumps(result))
+    rows = [cells_of(0, 0, 0, 0.0, rule="frozen", objective=-50.0), *rows]
+    picked = [dict(prior=p, shift="none", goal="speed", alpha=a) for p, a in (("noisy", 0.1), ("clean", selected))]
+    for name, content in (("cells.csv", rows), ("selector.csv", picked)):
+        with open(run / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, content[0])
+            writer.writeheader()
+            writer.writerows(content)
+
+
+def test_steering_table(monkeypatch, capsys, tmp_path):
+    """Differences in percent of |Frozen|; one seed has the episodes' interval, two have Student's; the split counts
+    the selector's α alone; degraded priors and other rules stay out."""
+    words = ["steering", "--report", "--seeds", 1, 2, "--datasets", "hopper-medium-v2", "walker2d-medium-expert-v2"]
+    out, _ = call(monkeypatch, capsys, tmp_path, *words)
+    assert "Split at the selector's α: not run." in out and "4 HELP, 5 FROZEN, 3 HURT of the 12 cells" in out
+    args = tables.Args(
+        "steering", (1, 2), ("hopper-medium-v2", "walker2d-medium-expert-v2"), runs_dir=tmp_path / "runs"
+    )
+    (first, second), (third, _) = tables.plan(args).values()
+    for job, difference in ((first, 10.0), (second, 12.0)):
+        wrong = [cells_of(-99, -99, -99, 0.5, prior="noisy"), cells_of(-99, -99, -99, 0.5, rule="additive")]
+        steering_run(job, 0.5, [cells_of(difference, 1.0, 20.0, 0.5), cells_of(-5.0, -6.0, -4.0, 0.9), *wrong])
+    steering_run(third, 0.77, [cells_of(-10.0, -15.0, 5.0, 0.5), cells_of(-10.0, -15.0, -5.0, 0.77)])
+    out, _ = call(monkeypatch, capsys, tmp_path, *words)
+    both = "+22.0 [-3.4, +47.4] FROZEN"  # 100 / 50 of (10 + 12) / 2 and of 12.706 · √2 / √2
+    assert f"| speed | not run | not run | {both} | not run | -10.0 [-10.0, -10.0] HURT | {both} | – | 2 |" in out
+    one = "| -20.0 [-30.0, +10.0] FROZEN | not run | not run | -20.0 [-30.0, -10.0] HURT | HURT at every α | 1 |"
+    assert one in out
+    assert "Split at the selector's α: 0 HELP, 1 FROZEN, 1 HURT of 2 cells." in out and "3 of 4 runs are in" in out
 
 
 # --- Running ---

@@ -1,0 +1,112 @@
+"""benchmark/evidence_study.py and local_evidence.py: the parts that can be wrong without anyone seeing it."""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import liquidation_env
+import pspo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
+import evidence_study
+import local_evidence
+
+torch.set_num_threads(1)
+SMALL = dict(pool_size=4, active_models=4, dynamics_hidden=16, dynamics_epochs=2, hidden=8, batch_size=32, cuda=False)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(data, pool) of a small liquidation problem; the pool's last model predicts rewards that are far off."""
+    torch.manual_seed(0)
+    arrays = liquidation_env.behaviour_dataset(800, 0)
+    dataset = pspo.make_dataset(arrays, "liquidation", "generated")
+    data = {key: torch.as_tensor(getattr(dataset, key)) for key in pspo.DATA_KEYS}
+    args, _ = pspo.resolve(pspo.Args(**SMALL))
+    pool, _ = pspo.train_dynamics(args, data, functools.partial(tqdm, disable=True))
+    with torch.no_grad():
+        pool.net.biases[-1][3, 0, 0] += 2
+    return data, pool
+
+
+def make(kind, trained, **settings):
+    torch.manual_seed(0)
+    args, domain = pspo.resolve(pspo.Args(**SMALL | settings))
+    learner = kind(args, trained[0], domain)
+    learner.redraw(trained[1])
+    return learner
+
+
+def test_local_belief_is_equation_4_on_the_nearest_rows(trained, monkeypatch):
+    """P(τ | s, a) from a loop over places: mean surprise of the nearest remembered rows, in units of its spread."""
+    monkeypatch.setattr(local_evidence, "MEMORY", 300)
+    monkeypatch.setattr(local_evidence, "NEIGHBOURS", 5)
+    learner = make(local_evidence.LocalPSPO, trained, evidence="likelihood")
+    obs, action = trained[0]["observations"][:7], trained[0]["actions"][:7].flip(0)
+    learner.place = learner.standardised(obs, action)
+    belief = learner.log_belief().exp()
+    assert belief.shape == (7, 4) and (learner.memory.shape[0] <= 300)
+    for i, place in enumerate(learner.place):
+        rows = (learner.memory - place).square().sum(1).argsort()[:5]
+        delta = learner.surprise[:, rows].mean(1)
+        expected = (-delta / delta.std()).softmax(0)
+        torch.testing.assert_close(belief[i], expected, rtol=1e-4, atol=1e-5)
+    assert (belief[:, learner.members == 3] < 0.15).all()  # uniform: 0.25
+
+
+def test_local_evidence_draws_from_the_belief_of_each_place(trained):
+    """model_targets uses (B, N) beliefs, and leaves the learner with its one belief (N,) afterwards; a learner that is
+    loaded from a checkpoint looks the same rows up."""
+    learner = make(local_evidence.LocalPSPO, trained, evidence="likelihood")
+    obs, action = trained[0]["observations"][:50], trained[0]["actions"][:50]
+    drawn = []
+    original = pspo.sample_models
+
+    def spy(log_belief, shape):
+        drawn.append(log_belief.shape)
+        return original(log_belief, shape)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pspo, "sample_models", spy)
+        learner.model_targets(obs, action)
+    assert drawn[0] == (50, 4) and learner.log_belief().shape == (4,)
+    again = make(local_evidence.LocalPSPO, trained, evidence="likelihood", seed=1)
+    again.load_state_dict(learner.state_dict())
+    for one in (learner, again):
+        one.place = one.standardised(obs, action)
+    again.args.seed = learner.args.seed
+    assert torch.equal(learner.log_belief(), again.log_belief())
+
+
+def test_judged_errors_are_those_of_a_known_model(trained):
+    """At γ = 0 the error of a target is the error of the predicted reward, in reward ranges; densities are normal."""
+    learner = make(pspo.PSPO, trained, gamma=0.99)
+    learner.args.gamma = 0.0
+    data = {key: value[:100] for key, value in trained[0].items()}
+    error, density = evidence_study.judged(learner, data)
+    with torch.no_grad():
+        mean, std = learner.active(data["observations"], data["actions"])
+    expected = (mean[..., 0] - data["rewards"]) / learner.reward_scale
+    torch.testing.assert_close(error, expected)
+    seen = torch.cat([data["rewards"][:, None], data["next_observations"]], -1)
+    log_prob = -0.5 * ((seen - mean) / std).square() - std.log() - 0.918938533
+    torch.testing.assert_close(density, log_prob.sum(-1), rtol=1e-4, atol=1e-3)
+
+
+def test_evidence_of_a_lying_model(trained):
+    """On data as good as the real transitions, every kind of evidence ranks the lying model last."""
+    learner = make(pspo.PSPO, trained, gamma=0.99)
+    rows = torch.randint(len(trained[0]["rewards"]), (600,), generator=torch.Generator().manual_seed(0))
+    data = {key: value[rows] for key, value in trained[0].items()}
+    real = {key: value[:80] for key, value in trained[0].items()}
+    found = evidence_study.beliefs(evidence_study.Args((), neighbours=10), learner, data, real)
+    for name, (_, log_p) in found.items():
+        belief = log_p.exp()
+        assert torch.allclose(belief.sum(-1), torch.ones_like(belief.sum(-1)))
+        if name not in ("uniform", "Δ, at the end of the run"):
+            assert belief[..., learner.members == 3].mean() < 0.15, name  # uniform: 0.25
+    assert torch.equal(found["uniform"][1].exp(), torch.full((4,), 0.25, dtype=torch.float64))
