@@ -209,8 +209,8 @@ class Args:
     """use the GPU if there is one"""
     num_threads: int = 0
     """CPU threads for PyTorch (0: PyTorch's own choice)"""
-    compile: bool = False
-    """compile the training steps with torch.compile: faster, after half a minute of compiling each"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the training steps; auto: on a CPU with a C++ compiler, of loops of 50,000 updates or more"""
     quick: bool = False
     """a CPU-sized setting: 50,000 updates, and 50 episodes at the end"""
     track: bool = False
@@ -767,16 +767,40 @@ def follow(net: nn.Module, leader: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(net.parameters()), list(leader.parameters()), rate)
 
 
-def fast(step: Callable[[], torch.Tensor], device: torch.device, compiled: bool) -> Callable[[], torch.Tensor]:
-    """`step` as a loop should call it: compiled as a whole if asked for, and on a GPU captured. The same numbers."""
-    if compiled:
-        known = hasattr(torch._dynamo.config, "trace_autograd_ops")
-        require(known, f"--compile: PyTorch {torch.__version__} cannot compile gradients: pip install torch==2.13.0")
-        compiler = os.environ.get("CXX", "g++")
-        require(device.type == "cuda" or shutil.which(compiler), f"--compile needs {compiler}: install a C++ compiler")
+def fast(
+    step: Callable[[], torch.Tensor], device: torch.device, compiled: str, updates: int
+) -> Callable[[], torch.Tensor]:
+    """`step` as a loop of so many `updates` should call it: compiled as a whole, and on a GPU captured.
+
+    compiled: on, off, or auto: where it pays. The numbers are the same to rounding, on one machine to the bit.
+    """
+    compiler, known = os.environ.get("CXX", "g++"), hasattr(torch._dynamo.config, "trace_autograd_ops")
+    able = known and (device.type == "cuda" or shutil.which(compiler) is not None)
+    if compiled == "on":
+        require(known, f"--compile on: PyTorch {torch.__version__} compiles no gradients: pip install torch==2.13.0")
+        require(able, f"--compile on needs {compiler}: install a C++ compiler")
+    if compiled == "on" or (compiled == "auto" and able and device.type == "cpu" and updates >= 50_000):
+        print("compiling the training step, half a minute before the first one (not with --compile off)")
         torch._dynamo.config.trace_autograd_ops = True
-        step = torch.compile(step, fullgraph=True, options={"fallback_random": True})  # PyTorch's own random numbers
+        whole = torch.compile(step, fullgraph=True, options={"fallback_random": True})  # PyTorch's own random numbers
+        step = whole if compiled == "on" else unless_it_fails(whole, step)
     return Captured(step) if device.type == "cuda" else step
+
+
+def unless_it_fails(whole: Callable[[], torch.Tensor], step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A compiled step, or the step itself from its first call on if this machine cannot compile, e.g. lacks headers."""
+    chosen = whole
+
+    def call() -> torch.Tensor:
+        nonlocal chosen
+        try:
+            return chosen()
+        except torch._dynamo.exc.TorchDynamoException as error:  # while compiling: nothing has been computed yet
+            tqdm.write(f"going on without compiling (--compile off does not try): {str(error).strip().splitlines()[0]}")
+            chosen = step
+            return chosen()
+
+    return call
 
 
 # --- end of the shared fast-steps block ---
@@ -1709,7 +1733,7 @@ def run(args: Args) -> Path:
         last = log.rows[-1]["iteration"] if log.rows else 0
         env_seed = args.seed + 30_000 + last + 1
         guard = Guard("iteration", IQL.METRICS, DIVERGENCE, learner.metric_bounds(horizon))
-        step = fast(learner.update, device, args.compile)
+        step = fast(learner.update, device, args.compile, args.iterations)
         progress = bar(total=total, initial=done, desc="training")
         for iteration in range(done + 1, total + 1):
             if iteration > args.iterations:

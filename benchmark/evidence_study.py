@@ -9,7 +9,7 @@ these real transitions, which no model saw, every active model's error is known,
     target error   squared error of the belief's mean target r + γV(s') against the real one, uniform belief = 1
     log density    log Σ P(τ) τ(r, s' | s, a) of the real transition, minus that of the uniform belief, in nats
     rank           Spearman correlation over models, between the evidence and the error of their targets there
-    prediction     undiscounted return that models drawn from the belief predict, beside the real one
+    prediction     undiscounted return of the mean action that models drawn from the belief predict
 
 Evidence: Δ of Eq. (3) on the data; likelihood (−log τ of the data); either one *local*, i.e. averaged over the data's
 nearest neighbours of (s, a), a belief for every (s, a); `oracle`: the error on the real transitions themselves, which
@@ -31,7 +31,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from figures import read_learner  # noqa: E402
+from figures import read_learner, read_result  # noqa: E402
 from runner import interval  # noqa: E402
 
 import pspo  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
@@ -43,7 +43,7 @@ class Args:
     """run folders of pspo.py, with the dynamics.pt that was trained there; each counts as one seed"""
     transitions: int = 4000
     """real transitions of the policy that beliefs are judged on"""
-    data_rows: int = 100_000
+    data_rows: int = 30_000
     """rows of the data that evidence is measured on, and neighbours are looked for among"""
     neighbours: int = 50
     """rows that local evidence is averaged over"""
@@ -99,12 +99,13 @@ def nearest(learner: pspo.PSPO, data: dict[str, torch.Tensor], real: dict[str, t
     return torch.cat([torch.cdist(part, points).topk(k, largest=False).indices for part in places.split(200)])
 
 
-def beliefs(args: Args, learner: pspo.PSPO, data: dict, real: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """name -> evidence and log P over the models, (N,) or, local, (B, N) each."""
-    error, density = judged(learner, data)
-    delta, surprise = error.double().square(), -density.double()  # (N, rows)
-    near = nearest(learner, data, real, args.neighbours)  # (B, k)
-    real_delta = judged(learner, real)[0].double().square().mean(1)
+def beliefs(on_data, on_policy, near: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """name -> evidence and log P over the models, (N,) or, local, (B, N) each.
+
+    on_data, on_policy: what `judged` says of either, (N, rows) and (N, B) twice; near: (B, k), `nearest`.
+    """
+    delta, surprise = on_data[0].double().square(), -on_data[1].double()  # (N, rows)
+    real_delta = on_policy[0].double().square().mean(1)
     evidence = {
         "Δ": delta.mean(1), "likelihood": surprise.mean(1),
         "local Δ": delta[:, near].mean(-1).T, "local likelihood": surprise[:, near].mean(-1).T,
@@ -115,14 +116,11 @@ def beliefs(args: Args, learner: pspo.PSPO, data: dict, real: dict) -> dict[str,
         return pspo.posterior(x / x.std(-1, keepdim=True).clamp(min=1e-12), strength)
 
     uniform = torch.zeros(len(delta), dtype=torch.float64)
-    out = {
-        "uniform": (uniform, pspo.posterior(uniform, 0.0)),
-        "Δ, at the end of the run": (uniform, learner.log_belief().double()),
-    }
+    out = {"uniform": (uniform, pspo.posterior(uniform, 0.0))}
     for name, x in evidence.items():
         for strength in (1.0, 3.0):
             out[f"{name}, λ = {strength:.0f}"] = x, spread(x, strength)
-    rows = {"likelihood": delta.shape[1], "local likelihood": args.neighbours}
+    rows = {"likelihood": delta.shape[1], "local likelihood": near.shape[1]}
     for name, count in rows.items():
         out[f"{name}, Bayes"] = evidence[name], pspo.posterior(evidence[name], count)
     return out
@@ -132,20 +130,20 @@ def study(args: Args, run: Path) -> tuple[dict[str, dict[str, float]], dict[str,
     """What each belief is worth in one run, and a few numbers about the run itself."""
     learner = read_learner(run)
     seed = learner.args.seed
-    learner.args.action_samples = 64  # V(s') with less noise than a training step needs
+    learner.args.action_samples = 16  # V(s') with less noise than a training step needs
     torch.manual_seed(seed)
     pick = torch.randint(len(learner.data["rewards"]), (args.data_rows,))
     data = {k: v[pick] for k, v in learner.data.items()}
     real, real_return = real_transitions(learner, args.transitions, seed + 30_000)
-    error, density = judged(learner, real)  # (N, B)
-    on_data = judged(learner, data)[0].double().square().mean(1).sqrt()
-    on_policy = error.double().square().mean(1).sqrt()  # (N,)
+    on_policy, on_data = judged(learner, real), judged(learner, data)
+    error, density = on_policy  # (N, B)
+    rms_policy, rms_data = (x[0].double().square().mean(1).sqrt() for x in (on_policy, on_data))  # (N,)
     env = gymnasium.make(pspo.EVAL_ENVS[learner.args.env_id.split("-")[0]])
     start = torch.as_tensor(np.stack([env.reset(seed=i)[0] for i in range(100)]), dtype=torch.float32)
     uniform_error = error.mean(0).double().square().mean()
     uniform_density = (density.double().logsumexp(0) - math.log(len(density))).mean()
     out = {}
-    for name, (evidence, log_p) in beliefs(args, learner, data, real).items():
+    for name, (evidence, log_p) in beliefs(on_data, on_policy, nearest(learner, data, real, args.neighbours)).items():
         weights = log_p.exp().expand(error.shape[1], -1).T  # (N, B)
         mixture = (density.double() + log_p.expand(error.shape[1], -1).T).logsumexp(0).mean()
         row = {
@@ -154,8 +152,8 @@ def study(args: Args, run: Path) -> tuple[dict[str, dict[str, float]], dict[str,
             "entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
         }
         whole = evidence if evidence.ndim == 1 else evidence.mean(0)
-        row["rank"] = pspo.spearman(whole.numpy(), on_policy.numpy()) if whole.std() > 0 else math.nan
-        if log_p.ndim == 1:  # a belief for every (s, a) would need neighbours at every imagined step
+        row["rank"] = pspo.spearman(whole.numpy(), rms_policy.numpy()) if whole.std() > 0 else math.nan
+        if log_p.ndim == 1 and name.endswith(("uniform", "λ = 1")):  # a local one needs neighbours at every step
             learner.log_belief = lambda log_p=log_p: log_p.float()
             row["prediction"] = learner.predicted_return(start, 1000).mean().item()
         out[name] = row
@@ -167,14 +165,12 @@ def study(args: Args, run: Path) -> tuple[dict[str, dict[str, float]], dict[str,
         learner.log_belief = lambda one=one: one
         alone.append(learner.predicted_return(start, 1000).mean().item())
     facts = {
+        "real return, mean action": read_result(run)["return"],
         "real return, sampled actions": real_return,
-        "RMS target error on the data, best and worst model": (on_data.min().item(), on_data.max().item()),
-        "RMS target error where the policy goes, best and worst model": (
-            on_policy.min().item(),
-            on_policy.max().item(),
-        ),
+        "RMS target error on the data, best and worst model": (rms_data.min().item(), rms_data.max().item()),
+        "RMS target error where the policy goes, the same": (rms_policy.min().item(), rms_policy.max().item()),
         "return that one model alone predicts, lowest and highest": (min(alone), max(alone)),
-        "rank: predicted return against error where the policy goes": pspo.spearman(np.array(alone), on_policy.numpy()),
+        "rank: that return against error where the policy goes": pspo.spearman(np.array(alone), rms_policy.numpy()),
     }
     return out, facts
 

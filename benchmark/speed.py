@@ -7,11 +7,13 @@
 
 DIR holds checkouts, each under its own name. Their update code runs as it is, on random rows; the modules that it only
 imports (gym, d4rl, wandb, pyrallis) have stand-ins. All works of a run take turns, one step each, so a machine that
-slows down slows all of them: ratios hold. The floor of a work is the same products, at the same shapes, one after
-another into memory that is there already, with nothing in between. The table goes to <output>.md, the numbers, with
-the machine and the command, to <output>.json.
+slows down slows all of them: ratios hold. So that they share nothing else, the C library is told to keep freed memory:
+otherwise a small work fetches again, page by page, what the library gives back after a large one. The floor of a work
+is the same products, at the same shapes, one after another into memory that is there already, with nothing in between.
+The table goes to <output>.md, the numbers, with the machine and the command, to <output>.json.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -136,7 +138,7 @@ def pspo_work(name: str, device: torch.device, compiled: bool, **changes) -> Wor
     learner.behaviour.requires_grad_(False)
     learner.redraw(pool)
     products = [] if domain == "liquidation" else pspo_products(args)
-    return Work(name, pspo.fast(learner.iterate, device, compiled), products)
+    return Work(name, pspo.fast(learner.iterate, device, "on" if compiled else "off", 0), products)
 
 
 def dynamics_work(members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool) -> Work:
@@ -156,7 +158,7 @@ def dynamics_work(members: int, batch: int, width: int, layers: int, device: tor
 
     products = dynamics_products(members, batch, width, layers)
     name = f"dynamics, {members} × {layers} × {width}, batch {batch}"
-    return Work(name, pspo.fast(learn, device, compiled), products)
+    return Work(name, pspo.fast(learn, device, "on" if compiled else "off", 0), products)
 
 
 def our_works(args: Args, device: torch.device) -> list[Work]:
@@ -166,7 +168,9 @@ def our_works(args: Args, device: torch.device) -> list[Work]:
         end = ", compiled" if compiled else ""
         iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", **small))
         learner = iql.IQL(iql_args, random_rows(OBS, ACT, device))
-        works.append(Work(f"IQL{end}", iql.fast(learner.update, device, compiled), iql_products(iql_args)))
+        works.append(
+            Work(f"IQL{end}", iql.fast(learner.update, device, "on" if compiled else "off", 0), iql_products(iql_args))
+        )
         for members, width, layers in ((2, 8, 2),) if args.small else ((10, 200, 3), (100, 256, 4)):
             work = dynamics_work(members, 256, width, layers, device, compiled)
             work.name += end
@@ -335,8 +339,16 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
+def keep_memory() -> None:
+    """glibc: do not map large blocks one by one, and give nothing back."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for what, value in dict(M_MMAP_MAX=(-4, 0), M_TRIM_THRESHOLD=(-1, 2**31 - 1)).values():
+            libc.mallopt(what, value)
+
+
 def main(args: Args) -> None:
     rows = []
+    keep_memory()
     make = growth_works if args.growth else our_works
     cpu = torch.device("cpu")
     works = make(args, cpu)

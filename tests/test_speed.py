@@ -4,6 +4,8 @@ import copy
 import functools
 import importlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ import pspo
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
-HAS_COMPILER = iql.shutil.which(iql.os.environ.get("CXX", "g++"))
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
 def toy_data(obs_dim, act_dim, rows=512):
@@ -162,7 +164,7 @@ def test_compiled_equals_eager(name):
     """The same random stream, the same numbers; fullgraph: compiled in one piece, or it raises."""
     eager, compiled = LEARNERS[name](), LEARNERS[name]()
     script = iql if name == "iql" else pspo
-    steps = step_of(eager), script.fast(step_of(compiled), torch.device("cpu"), True)
+    steps = step_of(eager), script.fast(step_of(compiled), torch.device("cpu"), "on", 0)
     rows = []
     for step in steps:
         torch.manual_seed(1)
@@ -175,7 +177,53 @@ def test_compiled_equals_eager(name):
 def test_without_a_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(iql.UserError, match="no-such-compiler"):
-        iql.fast(lambda: torch.zeros(1), torch.device("cpu"), True)
+        iql.fast(lambda: torch.zeros(1), torch.device("cpu"), "on", 0)
+
+
+def test_long_runs_are_compiled_where_they_can_be(monkeypatch):
+    """--compile on and off do as they say; with auto, 50,000 updates on a CPU with a compiler decide."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step, **_: compiled.append(step) or step)
+    compiler = {True: sys.executable, False: "no-such-compiler"}
+
+    def is_compiled(flag, updates, present=True):
+        monkeypatch.setenv("CXX", compiler[present])
+        compiled.clear()
+        assert iql.fast(lambda: 5, torch.device("cpu"), flag, updates)() == 5
+        return bool(compiled)
+
+    assert is_compiled("auto", 50_000) and not is_compiled("auto", 49_999)
+    assert is_compiled("on", 1) and not is_compiled("off", 1_000_000)
+    assert not is_compiled("auto", 1_000_000, present=False)
+
+
+FAILING = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import iql
+x = torch.zeros(3)
+def step():
+    x.add_(torch.rand(3))
+    return x.clone()
+torch.manual_seed(0)
+fast = iql.fast(step, torch.device("cpu"), "auto", 50_000)
+print([fast().tolist() for _ in range(3)])
+"""
+
+
+@pytest.mark.skipif(not shutil.which("false"), reason="needs the program false")
+def test_a_compiler_that_fails_stops_nothing():
+    """One line says so, and the numbers are those of the step itself, from the first one on."""
+    code = FAILING.format(root=str(ROOT))
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CXX": "false"}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    _, note, numbers = run.stdout.splitlines()
+    assert note.startswith("going on without compiling (--compile off does not try): ")
+    torch.manual_seed(0)
+    expected = torch.rand(3, 3).cumsum(0)
+    assert torch.equal(torch.tensor(json.loads(numbers)), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
