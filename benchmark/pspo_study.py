@@ -3,6 +3,7 @@
     python benchmark/pspo_study.py liquidation          # γ = 1 and 0.99, seeds 1-5
     python benchmark/pspo_study.py ablations            # posterior, regularisation, λ; seeds 1-3
     python benchmark/pspo_study.py poisoned             # 3 of 10 models lie; seeds 1-3
+    python benchmark/pspo_study.py poisoned-reward      # the lie about the reward, until the critic has converged
     python benchmark/pspo_study.py scale                # the unit of Δ, and λ; seed 1
     python benchmark/pspo_study.py hopper               # --quick on hopper-medium-v2, seeds 1-3
 
@@ -43,6 +44,10 @@ STUDIES: dict[str, tuple[range, dict[str, dict[str, Any]]]] = {
         range(1, 4),
         {f"{poison}, {rule}": {"poison": poison} | RULES[rule] | SHORT for poison in POISONS for rule in RULES},
     ),
+    "poisoned-reward": (
+        range(1, 4),
+        {f"reward, {rule}": {"poison": "reward"} | RULES[rule] for rule in ("evidence", "uniform")},
+    ),
     "scale": (
         range(1, 2),
         {
@@ -58,7 +63,9 @@ STUDIES: dict[str, tuple[range, dict[str, dict[str, Any]]]] = {
 
 @dataclass
 class Args:
-    study: Annotated[Literal["liquidation", "ablations", "poisoned", "scale", "hopper"], tyro.conf.Positional]
+    study: Annotated[
+        Literal["liquidation", "ablations", "poisoned", "poisoned-reward", "scale", "hopper"], tyro.conf.Positional
+    ]
     """which study to run"""
     seeds: tuple[int, ...] = ()
     """other seeds than the study's own"""
@@ -149,8 +156,8 @@ def write_table(args: Args, results: dict[str, list[dict]]) -> str:
             cells.append(f"{np.mean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(row['return'] for row in of_seeds):.1f} |")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / f"pspo_{args.study}.md").write_text("\n".join(lines) + "\n")
-    with open(args.output_dir / f"pspo_{args.study}.csv", "w", newline="") as file:
+    (args.output_dir / f"pspo_{args.study.replace('-', '_')}.md").write_text("\n".join(lines) + "\n")
+    with open(args.output_dir / f"pspo_{args.study.replace('-', '_')}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", *keys])
         for name, of_seeds in rows.items():
