@@ -15,7 +15,6 @@ table. Cells without a run say "not run". Settings are the scripts' defaults, th
 import ast
 import csv
 import hashlib
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -215,8 +214,9 @@ def drop(full: list[float], ablated: list[float]) -> str:
     if not full or not ablated or np.mean(full) == 0:
         return "not run"
     percent = 100 * (np.mean(full) - np.mean(ablated)) / abs(np.mean(full))
-    ratio = np.std(ablated, ddof=1) / np.std(full, ddof=1) if min(len(full), len(ablated)) > 1 else math.nan
-    return f"{percent:.1f}% ({ratio:.1f}x)"
+    if min(len(full), len(ablated)) < 2:
+        return f"{percent:.1f}% (one seed)"
+    return f"{percent:.1f}% ({np.std(ablated, ddof=1) / np.std(full, ddof=1):.1f}x)"
 
 
 def ablation_table(cells: dict) -> list[list[str]]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # the scripts are not installed
 
 # Arguments that say how and where, not what: runs that differ in these only are the same.
 HOW = {"exp_name", "cuda", "num_threads", "track", "wandb_project", "capture_video", "runs_dir", "resume", "quick"}
-HOW |= {"dataset_path", "dataset_mirrors", "dynamics_path"}
+HOW |= {"dataset_path", "dataset_mirrors", "dynamics_path", "compile"}
 POOL = {"pool_size", "dynamics_hidden", "dynamics_layers"}  # what the file of --dynamics-path decides
 
 

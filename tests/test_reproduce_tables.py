@@ -64,6 +64,7 @@ def test_drop():
     """Table 3's entries: the loss in percent and the ratio of standard deviations; unknown ones are not run."""
     assert tables.drop([100.0, 102.0], [50.0, 51.0]) == "50.0% (0.5x)"
     assert tables.drop([], [50.0]) == "not run"
+    assert tables.drop([100.0, 102.0], [111.1]) == "-10.0% (one seed)"
 
 
 # --- Plans ---
