@@ -772,14 +772,14 @@ def fast(
 ) -> Callable[[], torch.Tensor]:
     """`step` as a loop of so many `updates` should call it: compiled as a whole, and on a GPU captured.
 
-    compiled: on, off, or auto: where it pays. The numbers are the same to rounding, on one machine to the bit.
+    compiled: on, off, or auto: where it pays. Compiled or not, numbers agree to rounding, and each repeats its own.
     """
-    compiler, known = os.environ.get("CXX", "g++"), hasattr(torch._dynamo.config, "trace_autograd_ops")
-    able = known and (device.type == "cuda" or shutil.which(compiler) is not None)
-    if compiled == "on":
-        require(known, f"--compile on: PyTorch {torch.__version__} compiles no gradients: pip install torch==2.13.0")
-        require(able, f"--compile on needs {compiler}: install a C++ compiler")
+    compiler = os.environ.get("CXX", "g++")
+    able = device.type == "cuda" or shutil.which(compiler) is not None
+    require(able or compiled != "on", f"--compile on needs {compiler}: install a C++ compiler")
     if compiled == "on" or (compiled == "auto" and able and device.type == "cpu" and updates >= 50_000):
+        known = hasattr(torch._dynamo.config, "trace_autograd_ops")
+        require(known, f"PyTorch {torch.__version__} compiles no gradients: torch==2.13.0 does, or use --compile off")
         print("compiling the training step, half a minute before the first one (not with --compile off)")
         torch._dynamo.config.trace_autograd_ops = True
         whole = torch.compile(step, fullgraph=True, options={"fallback_random": True})  # PyTorch's own random numbers
@@ -1128,6 +1128,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
         "platform": platform.platform(), "python": platform.python_version(),
         "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
+        "C++ compiler": shutil.which(os.environ.get("CXX", "g++")) is not None,  # --compile auto asks for one
     }  # fmt: skip
 
 

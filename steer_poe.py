@@ -39,6 +39,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -125,7 +126,7 @@ LOCOMOTION_GOALS = {"speed": (1.0, 0.0, 0.0), "balanced": (1.0, -0.5, 1.0), "ene
 GOALS = dict.fromkeys(("hopper", "walker2d", "halfcheetah", "antmaze"), LOCOMOTION_GOALS) | {
     "liquidation": {"certainty": (0.0, 1.0, 0.0), "balanced": (1.0, 0.5, 0.5), "upside": (0.0, 0.0, 1.0)}
 }
-WRONG_GOAL = (2, 2, 0)  # the prior "wrong-goal" of the first, second and third goal
+WRONG_GOAL = (2, 2, 0, 0)  # the prior "wrong-goal" of the first, second and third goal, and of --goal-weights
 NOISE = 0.5  # standard deviation of what the prior "noisy" adds to the mean before the squash
 
 # Deployment shifts: what changes between the data and the evaluation, and by how much.
@@ -875,7 +876,7 @@ def minimise(args: Args, net: nn.Module, loss: Callable, bar: Callable, what: st
         value.backward()
         optimizer.step()
         schedule.step()
-        if update >= 0.9 * args.updates:
+        if update >= int(0.9 * args.updates):
             last.append(value.detach())
     mean = torch.stack(last).mean().item()
     require(math.isfinite(mean), f"training of the {what} diverged (loss not finite): lower --lr")
@@ -1266,6 +1267,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
         "platform": platform.platform(), "python": platform.python_version(),
         "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
+        "C++ compiler": shutil.which(os.environ.get("CXX", "g++")) is not None,  # --compile auto asks for one
     }  # fmt: skip
 
 
@@ -1927,7 +1929,7 @@ def run(args: Args) -> Path:
         check_spaces(dataset, env)
         environment = env.spec.id
         env.close()
-    actor = given_actor(args, domain, dataset)
+    actor = None if resumed and resumed["phase"] == "playing" else given_actor(args, domain, dataset)
     weights = {name: np.array(values, np.float64) for name, values in goals.items()}
     featurise = functools.partial(features, domain)
     rows = featurise(dataset.observations, dataset.actions)  # (N, 3)

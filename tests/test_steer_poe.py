@@ -751,11 +751,27 @@ def test_a_finished_run_can_be_resumed(reference, tmp_path, monkeypatch, no_figu
     assert (reference[0] / "episodes.csv").read_bytes() == before
 
 
+def test_a_playing_run_needs_no_actor_file(tmp_path, monkeypatch, no_figure):
+    """The checkpoint holds the frozen actor: once episodes are played, the file of --actor may be gone."""
+    torch.save(random_file(pspo, 3, 1, "liquidation")[0], tmp_path / "mine.pt")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(steer_poe, "evaluate_liquidation", stop)
+        in_process([*TINY, "--actor", "mine.pt"], patch, tmp_path)
+    (tmp_path / "mine.pt").unlink()
+    in_process(["--resume", only_run(tmp_path)], monkeypatch, tmp_path)
+    assert json.loads((only_run(tmp_path) / "result.json").read_text())["actor"] == "mine.pt"
+
+
 def test_stochastic_and_own_goal(tmp_path, monkeypatch, no_figure):
     """Sampled actions: PoE and KL-Reg differ, for KL-Reg is narrower. A goal of the user's own is a weighted sum."""
     args = [*TINY, "--stochastic", "--goal-weights", "1", "0", "-0.5", "--rule", "kl-reg", "--kl-budget", "0.05"]
-    in_process(args, monkeypatch, tmp_path)
+    in_process([*args, "--updates", "5", "--priors", "clean", "wrong-goal"], monkeypatch, tmp_path)
     rows = table(only_run(tmp_path) / "episodes.csv")
+    assert {row["prior"] for row in rows} == {"clean", "wrong-goal"}
     assert {row["goal"] for row in rows} == {"own"} and {row["rule"] for row in rows} >= {"kl-reg", "additive"}
     for row in rows:
         assert float(row["objective"]) == pytest.approx(float(row["revenue"]) - 0.5 * float(row["premium"]))
