@@ -11,10 +11,12 @@ these real transitions, which no model saw, every active model's error is known,
     rank           Spearman correlation over models, between the evidence and the error of their targets there
     prediction     undiscounted return of the mean action that models drawn from the belief predict
 
-Evidence: Δ of Eq. (3) on the data; likelihood (−log τ of the data); either one *local*, i.e. averaged over the data's
-nearest neighbours of (s, a), a belief for every (s, a); `oracle`: the error on the real transitions themselves, which
-nobody has. λ is in units of the evidence's spread over the models as in pspo.py, except for `Bayes`: λ times the
-number of rows, i.e. the posterior probability. The tables go to docs/results/pspo_evidence.{md,csv}.
+Evidence comes from the rows that the pool's training held out: Δ of Eq. (3), here at the models' mean next states;
+likelihood (−log τ of the data); either one *local*, i.e. averaged over the nearest of these rows to (s, a), a belief
+for every (s, a). For comparison: `own error there`, the models weighted by their error on the real transitions, and
+`hindsight`, the fixed weights with the least target error there, which no belief over the pool can beat. λ is in
+units of the evidence's spread over the models as in pspo.py, except for `Bayes`: λ is the number of rows, i.e. the
+posterior probability. The tables go to docs/results/pspo_evidence.{md,csv}.
 """
 
 import csv
@@ -32,7 +34,6 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from figures import read_learner, read_result  # noqa: E402
-from runner import interval  # noqa: E402
 
 import pspo  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
@@ -43,8 +44,6 @@ class Args:
     """run folders of pspo.py, with the dynamics.pt that was trained there; each counts as one seed"""
     transitions: int = 4000
     """real transitions of the policy that beliefs are judged on"""
-    data_rows: int = 30_000
-    """rows of the data that evidence is measured on, and neighbours are looked for among"""
     neighbours: int = 50
     """rows that local evidence is averaged over"""
     output: Path = ROOT / "docs" / "results" / "pspo_evidence"
@@ -90,6 +89,30 @@ def judged(learner: pspo.PSPO, data: dict[str, torch.Tensor]) -> tuple[torch.Ten
     return torch.cat(errors, 1), torch.cat(densities, 1)
 
 
+def held_out_rows(learner: pspo.PSPO, run: Path) -> torch.Tensor:
+    """The rows that train_dynamics of this run kept from its models, by drawing them again. Raises UserError.
+
+    That they are the same rows is seen from the models' errors on them, which the run reported.
+    """
+    args, data = learner.args, learner.data
+    torch.manual_seed(args.seed)
+    obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
+    pool = pspo.Dynamics(args.pool_size, obs_dim, act_dim, args.dynamics_hidden, args.dynamics_layers)
+    change = data["next_observations"] - data["observations"]
+    known = torch.arange(len(change))[~(data["terminals"] & (change == 0).all(1))]
+    rows = known[torch.randperm(len(known))[: min(len(known) // 10 + 1, 5000)]]
+    content = pspo.load_tensors(run / "dynamics.pt", "dynamics")
+    pool.load_state_dict(content["pool"])
+    inputs = torch.cat([data["observations"], data["actions"]], -1)[rows]
+    outputs = torch.cat([data["rewards"][:, None], change], -1)[rows]
+    with torch.no_grad():
+        error = pool.standardised(inputs)[0] - (outputs - pool.output_mean) / pool.output_std
+    mine, reported = error.square().mean((1, 2)), torch.tensor(content["report"]["held_out_mse"])
+    same = torch.allclose(mine, reported, rtol=0.01, atol=1e-5)
+    pspo.require(same, f"{run}: its pool was trained in another run: give the run that trained it")
+    return rows
+
+
 def nearest(learner: pspo.PSPO, data: dict[str, torch.Tensor], real: dict[str, torch.Tensor], k: int) -> torch.Tensor:
     """Rows of `data` nearest to each real (s, a), in standard deviations of each coordinate: (B, k)."""
     points, places = (
@@ -109,7 +132,7 @@ def beliefs(on_data, on_policy, near: torch.Tensor) -> dict[str, tuple[torch.Ten
     evidence = {
         "Δ": delta.mean(1), "likelihood": surprise.mean(1),
         "local Δ": delta[:, near].mean(-1).T, "local likelihood": surprise[:, near].mean(-1).T,
-        "oracle": real_delta,
+        "own error there": real_delta,
     }  # fmt: skip
 
     def spread(x: torch.Tensor, strength: float) -> torch.Tensor:
@@ -126,61 +149,74 @@ def beliefs(on_data, on_policy, near: torch.Tensor) -> dict[str, tuple[torch.Ten
     return out
 
 
+def worth(error: torch.Tensor, density: torch.Tensor, log_p: torch.Tensor) -> dict[str, float]:
+    """What a belief log P, (N,) or (B, N), is worth on B transitions: errors and log densities of N models (N, B)."""
+    error, density, log_p = error.double(), density.double(), log_p.double().expand(error.shape[1], -1).T  # (N, B)
+    uniform_error = error.mean(0).square().mean()
+    uniform_density = density.logsumexp(0).mean() - math.log(len(density))
+    return {
+        "target error": ((log_p.exp() * error).sum(0).square().mean() / uniform_error).item(),
+        "log density": ((density + log_p).logsumexp(0).mean() - uniform_density).item(),
+        "entropy": -(log_p.exp() * log_p.clamp(min=-1e9)).sum(0).mean().item(),
+    }
+
+
+def hindsight(error: torch.Tensor, steps: int = 3000) -> torch.Tensor:
+    """log P of the fixed weights whose mean target has the least squared error, by mirror descent: (N, B) -> (N,)."""
+    moments = error.double() @ error.double().T / error.shape[1]  # (N, N); the error is P' moments P
+    log_p, rate = torch.full((len(error),), -math.log(len(error)), dtype=torch.float64), 1 / moments.abs().max()
+    for _ in range(steps):
+        log_p = (log_p - rate * 2 * moments @ log_p.exp()).log_softmax(0)
+    return log_p
+
+
 def study(args: Args, run: Path) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """What each belief is worth in one run, and a few numbers about the run itself."""
     learner = read_learner(run)
+    domain = learner.args.env_id.split("-")[0]
+    pspo.require(domain in pspo.EVAL_ENVS, f"{run} is of {learner.args.env_id}: give runs on D4RL's MuJoCo data")
     seed = learner.args.seed
     learner.args.action_samples = 16  # V(s') with less noise than a training step needs
+    held_out = held_out_rows(learner, run)
+    data = {k: v[held_out] for k, v in learner.data.items()}
     torch.manual_seed(seed)
-    pick = torch.randint(len(learner.data["rewards"]), (args.data_rows,))
-    data = {k: v[pick] for k, v in learner.data.items()}
     real, real_return = real_transitions(learner, args.transitions, seed + 30_000)
     on_policy, on_data = judged(learner, real), judged(learner, data)
-    error, density = on_policy  # (N, B)
-    rms_policy, rms_data = (x[0].double().square().mean(1).sqrt() for x in (on_policy, on_data))  # (N,)
-    env = gymnasium.make(pspo.EVAL_ENVS[learner.args.env_id.split("-")[0]])
+    rms_real, rms_data = (x[0].double().square().mean(1).sqrt() for x in (on_policy, on_data))  # (N,)
+    env = gymnasium.make(pspo.EVAL_ENVS[domain])
     start = torch.as_tensor(np.stack([env.reset(seed=i)[0] for i in range(100)]), dtype=torch.float32)
-    uniform_error = error.mean(0).double().square().mean()
-    uniform_density = (density.double().logsumexp(0) - math.log(len(density))).mean()
+
+    def predicted(log_p: torch.Tensor) -> float:
+        learner.log_belief = log_p.float
+        return learner.predicted_return(start, 1000).mean().item()
+
+    found = beliefs(on_data, on_policy, nearest(learner, data, real, args.neighbours))
+    found["hindsight"] = torch.zeros(len(rms_real)), hindsight(on_policy[0])
     out = {}
-    for name, (evidence, log_p) in beliefs(on_data, on_policy, nearest(learner, data, real, args.neighbours)).items():
-        weights = log_p.exp().expand(error.shape[1], -1).T  # (N, B)
-        mixture = (density.double() + log_p.expand(error.shape[1], -1).T).logsumexp(0).mean()
-        row = {
-            "target error": ((weights * error).sum(0).square().mean() / uniform_error).item(),
-            "log density": (mixture - uniform_density).item(),
-            "entropy": -(log_p.exp() * log_p).sum(-1).mean().item(),
-        }
+    for name, (evidence, log_p) in found.items():
+        out[name] = worth(*on_policy, log_p)
         whole = evidence if evidence.ndim == 1 else evidence.mean(0)
-        row["rank"] = pspo.spearman(whole.numpy(), rms_policy.numpy()) if whole.std() > 0 else math.nan
-        if log_p.ndim == 1 and name.endswith(("uniform", "λ = 1")):  # a local one needs neighbours at every step
-            learner.log_belief = lambda log_p=log_p: log_p.float()
-            row["prediction"] = learner.predicted_return(start, 1000).mean().item()
-        out[name] = row
-    del learner.log_belief
-    alone = []
-    for i in range(len(density)):
-        one = torch.full((len(density),), -math.inf)
-        one[i] = 0.0
-        learner.log_belief = lambda one=one: one
-        alone.append(learner.predicted_return(start, 1000).mean().item())
+        out[name]["rank"] = pspo.spearman(whole.numpy(), rms_real.numpy()) if whole.std() > 0 else math.nan
+        if log_p.ndim == 1 and name.endswith(("uniform", "λ = 1", "hindsight")):  # local: neighbours at every step
+            out[name]["prediction"] = predicted(log_p)
+    alone = [predicted(row) for row in torch.eye(len(rms_real)).log()]
     facts = {
         "real return, mean action": read_result(run)["return"],
         "real return, sampled actions": real_return,
         "RMS target error on the data, best and worst model": (rms_data.min().item(), rms_data.max().item()),
-        "RMS target error where the policy goes, the same": (rms_policy.min().item(), rms_policy.max().item()),
+        "RMS target error where the policy goes, the same": (rms_real.min().item(), rms_real.max().item()),
         "return that one model alone predicts, lowest and highest": (min(alone), max(alone)),
-        "rank: that return against error where the policy goes": pspo.spearman(np.array(alone), rms_policy.numpy()),
+        "rank: that return against error where the policy goes": pspo.spearman(np.array(alone), rms_real.numpy()),
     }
     return out, facts
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    found = []
-    for run in args.runs:
-        found.append(study(args, run))
-        print(run.name, *(f"{k}: {np.round(v, 3)}" for k, v in found[-1][1].items()), sep="\n  ", flush=True)
+    try:
+        found = [study(args, run) for run in args.runs]
+    except pspo.UserError as error:
+        sys.exit(f"error: {error}")
     columns = ("target error", "log density", "rank", "entropy", "prediction")
     lines = ["| belief | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     with open(f"{args.output}.csv", "w", newline="") as file:
@@ -193,13 +229,13 @@ def main() -> None:
         cells = []
         for column in columns:
             values = [table[name].get(column, math.nan) for table, _ in found]
-            digits = 0 if column == "prediction" else 3
-            half = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{half}" if np.isfinite(values).all() else "")
+            digits = 0 if column == "prediction" else 2
+            cells.append("; ".join(f"{x:.{digits}f}" for x in values) if np.isfinite(values).all() else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append("")
+    about = f"`python benchmark/evidence_study.py` of {', '.join(run.name for run in args.runs)}: one number a run"
+    lines = [f"{about}; {args.transitions} real transitions, {args.neighbours} neighbours.", "", *lines, ""]
     for key in found[0][1]:
-        lines.append(f"- {key}: " + "; ".join(str(np.round(facts[key], 3)) for _, facts in found))
+        lines.append(f"- {key}: " + "; ".join(" to ".join(f"{x:.4g}" for x in np.atleast_1d(f[key])) for _, f in found))
     Path(f"{args.output}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -5,8 +5,8 @@
 Everything else is pspo.py. Eq. (4) is applied at each (s, a) of a rollout; Δ of a model there is the mean of
 −log τ(r, s' | s, a) over the 50 nearest of 10,000 observed transitions (coordinates in standard deviations), in units
 of its spread over the models. `benchmark/evidence_study.py` says why one may hope for something; docs/pspo.md has what
-came of it. Diagnostics that need one belief for all states (posterior/*, eval/predicted_return) show that of
---evidence likelihood.
+came of it. Runs on a CPU, and cannot be resumed. Diagnostics that need one belief for all states (posterior/*,
+eval/predicted_return) show that of --evidence likelihood.
 """
 
 import sys
@@ -69,8 +69,18 @@ class LocalPSPO(pspo.PSPO):
             self.place = None
 
 
-if __name__ == "__main__":
-    if not any(x.startswith("--evidence") for x in sys.argv):
-        sys.argv += ["--evidence", "likelihood"]
+def main() -> None:
+    flags = [word.split("=")[0] for word in sys.argv[1:]]
+    refused = {"--evidence", "--posterior", "--resume", "--cuda"} & set(flags)
+    if refused:
+        sys.exit(f"error: {', '.join(sorted(refused))}: not here: this is one belief, on a CPU, and starts anew")
+    sys.argv += ["--evidence", "likelihood", "--no-cuda"]
+    sys.argv += [] if "--exp-name" in flags else ["--exp-name", "local_evidence"]
+    # Neither pspo.py nor the run folder's copy of it may go on with such a run: it would become plain likelihood.
+    pspo.SCRIPT = b"raise SystemExit('a run of benchmark/local_evidence.py cannot be resumed')\n" + pspo.SCRIPT
     pspo.PSPO = LocalPSPO
     pspo.main()
+
+
+if __name__ == "__main__":
+    main()

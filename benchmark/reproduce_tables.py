@@ -8,7 +8,7 @@
     python benchmark/reproduce_tables.py pspo-table2 --report          # only write what has been run
 
 A run that has its result.json is not repeated, one that was stopped goes on; both may have been started by another
-table. Cells without a run say "not run". Settings are the scripts' defaults, that is the papers'; what --quick and
+table. Cells without a run say "not run". Settings are the scripts' defaults, i.e. the papers' on D4RL; what --quick and
 --set change is written above the table, and its file is named so. Markdown and CSV go to docs/results/.
 """
 
@@ -268,7 +268,7 @@ def steering_table(cells: dict, jobs: dict) -> tuple[list[list[str]], str]:
                 for row in read_csv(run / "cells.csv")
                 if (row["prior"], row["shift"]) == ("clean", "none") and row["rule"] in ("frozen", "poe")
             ]
-            frozen = {row["goal"]: float(row["objective"]) for row in rows if row["rule"] == "frozen"}
+            frozen = {row["goal"]: float(row["objective"]) for row in rows if row["rule"] == "frozen"}  # one a goal
             picked = {
                 row["goal"]: float(row["alpha"])
                 for row in read_csv(run / "selector.csv")
@@ -281,18 +281,24 @@ def steering_table(cells: dict, jobs: dict) -> tuple[list[list[str]], str]:
                     if row["alpha"] == picked[row["goal"]]:
                         chosen.setdefault(row["goal"], []).append(row)
         quoted = next((text for level, text in STEERING.items() if dataset.endswith(f"-{level}-v2")), "–")
-        for goal in chosen or ["–"]:
+        for goal in list(dict.fromkeys(goal for goal, _ in found)) or ["–"]:
             cells_here = [found.get((goal, alpha)) for alpha in alphas] + [chosen.get(goal)]
             said = [steering_cell(rows) if rows else ("not run", "") for rows in cells_here]
-            split.append(said[-1][1])
-            table.append([dataset, goal, *(text for text, _ in said), quoted, str(len(results)), sources(results)])
+            picked = sorted({f"{row['alpha']:g}" for row in chosen.get(goal, [])})
+            words = [text for text, _ in said[:-1]] + [said[-1][0] + (f" (α {', '.join(picked)})" if picked else "")]
+            split += [said[-1][1]] if quoted == "–" else []  # the others are not of the paper's 12 cells
+            table.append([dataset, goal, *words, quoted, str(len(results)), sources(results)])
+    ran = [result for results in cells.values() for result in results]
+    how = sorted({f"{r['args']['episodes']} episodes a configuration, actor {r['args']['actor']}" for r in ran})
     counts = [split.count(name) for name in ("HELP", "FROZEN", "HURT")]
-    ran = f"{counts[0]} HELP, {counts[1]} FROZEN, {counts[2]} HURT of {sum(counts)} cells" if sum(counts) else "not run"
+    text = (
+        f"{counts[0]} HELP, {counts[1]} FROZEN, {counts[2]} HURT of {sum(counts)} cells" if sum(counts) else "not run"
+    )
     return table, (
         "PoE minus Frozen: the goal's objective, percent of Frozen's. In brackets the 95% interval: over episodes, "
-        "paired, for one seed; over seeds for more.\n"
-        f"Split at the selector's α: {ran}. The paper: 4 HELP, 5 FROZEN, 3 HURT of the 12 cells of its four data sets, "
-        "which our text of it does not name."
+        f"paired, for one seed (then without the chance in training); over seeds for more. {'; '.join(how)}\n"
+        f"Split at the selector's α, medium-replay and medium-expert apart as in the paper: {text}. The paper: 4 HELP, "
+        "5 FROZEN, 3 HURT of the 12 cells of its four data sets, which our text of it does not name."
     )
 
 
@@ -319,8 +325,11 @@ def write(args: Args, jobs: dict[tuple[str, str], list[Job]]) -> str:
     about += f"; changed: {', '.join(changed)}" if changed else "; the scripts' own settings"
     ran = [result for results in cells.values() for result in results]
     machines = sorted({f"{r['machine']['device']}, {r['machine']['threads']} thread(s)" for r in ran})
+    versions = sorted(
+        {r.get("script_sha256", "not noted")[:9] for r in ran}
+    )  # more than one: the script changed between runs
     about += f".\n{len(ran)} of {sum(map(len, jobs.values()))} runs are in"
-    about += f", on {'; '.join(machines)}.\n" if ran else ".\n"
+    about += f", on {'; '.join(machines)}; SHA-256 of the script: {', '.join(versions)}.\n" if ran else ".\n"
     about += f"{note}\n" if note else ""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|---" * len(table[0]) + "|")

@@ -1,9 +1,11 @@
 """benchmark/evidence_study.py and local_evidence.py: the parts that can be wrong without anyone seeing it."""
 
 import functools
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
@@ -80,6 +82,62 @@ def test_local_evidence_draws_from_the_belief_of_each_place(trained):
         one.place = one.standardised(obs, action)
     again.args.seed = learner.args.seed
     assert torch.equal(learner.log_belief(), again.log_belief())
+
+
+def test_worth_of_a_belief():
+    """By hand: two models, two transitions; and the hindsight weights are the minimiser on the simplex."""
+    error = torch.tensor([[1.0, 2.0], [-1.0, 0.0]])
+    density = torch.tensor([[0.5, 0.25], [0.25, 0.5]]).log()
+    even = torch.tensor([0.5, 0.5]).log()
+    assert list(evidence_study.worth(error, density, even).values()) == pytest.approx([1, 0, np.log(2)], abs=1e-7)
+    found = evidence_study.worth(error, density, torch.tensor([0.25, 0.75]).log())  # mean targets −0.5 and 0.5
+    gain = (np.log(0.3125) + np.log(0.4375)) / 2 - np.log(0.375)
+    assert list(found.values()) == pytest.approx([0.25 / 0.5, gain, -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))])
+    local = torch.tensor([[0.5, 0.5], [0.0, 1.0]]).log()  # for each transition the weights that make no error
+    assert evidence_study.worth(error, density, local)["target error"] == pytest.approx(0, abs=1e-12)
+    weights = evidence_study.hindsight(error).exp()  # least of (2p − 1)² + 4p²: p = 1/4
+    assert weights.tolist() == pytest.approx([0.25, 0.75], abs=1e-6)
+
+
+def test_held_out_rows_are_found_again(trained, tmp_path):
+    """The run's pool reports the same errors on them; another seed's rows are refused."""
+    data, _ = trained
+    torch.manual_seed(7)
+    args, domain = pspo.resolve(pspo.Args(**SMALL, seed=7))
+    pool, report = pspo.train_dynamics(args, data, functools.partial(tqdm, disable=True))
+    content = {"kind": "dynamics", "pool": pool.state_dict(), "report": report}
+    torch.save(content, tmp_path / "dynamics.pt")
+    learner = pspo.PSPO(args, data, domain)
+    rows = evidence_study.held_out_rows(learner, tmp_path)
+    assert len(rows.unique()) == len(rows) == len(data["rewards"]) // 10 + 1
+    args.seed = 8
+    with pytest.raises(pspo.UserError, match="trained in another run"):
+        evidence_study.held_out_rows(learner, tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--evidence", "data"], ["--posterior=uniform"], ["--resume", "runs/x"]])
+def test_local_evidence_refuses_what_it_would_misread(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["local_evidence.py", *flags])
+    with pytest.raises(SystemExit, match=flags[0].split("=")[0]):
+        local_evidence.main()
+
+
+def test_a_run_of_local_evidence_is_not_continued_as_another(monkeypatch, tmp_path, capsys):
+    """pspo.py --resume and the run folder's copy of the script refuse it; --evidence-rows is no --evidence."""
+    tiny = "--dataset-episodes 100 --pool-size 2 --active-models 2 --dynamics-epochs 1 --bc-updates 5 --iterations 4"
+    tiny += " --eval-every 2 --eval-episodes 5 --final-episodes 5 --hidden 8 --dynamics-hidden 8 --evidence-rows 8"
+    monkeypatch.setattr(local_evidence, "MEMORY", 200)
+    monkeypatch.setattr(pspo, "PSPO", pspo.PSPO)
+    monkeypatch.setattr(pspo, "SCRIPT", pspo.SCRIPT)
+    monkeypatch.setattr(sys, "argv", ["local_evidence.py", *tiny.split(), "--runs-dir", str(tmp_path)])
+    local_evidence.main()
+    (run,) = tmp_path.iterdir()
+    assert "local_evidence" in run.name
+    copy = subprocess.run([sys.executable, run / "pspo.py", "--resume", run], capture_output=True, text=True)
+    assert copy.returncode == 1 and "cannot be resumed" in copy.stderr
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, root / "pspo.py", "--resume", run], capture_output=True, text=True)
+    assert done.returncode == 2 and "error:" in done.stderr
 
 
 def test_judged_errors_are_those_of_a_known_model(trained):

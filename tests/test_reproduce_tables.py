@@ -121,6 +121,7 @@ def steering_run(job, selected, rows):
     machine = {"device": "cpu", "threads": 1}
     data = {"source": "generated, seed 1", "sha256": "0"}
     result = dict(args=job.resolved(), machine=machine, dataset=data, seconds=60, frozen_score=1, frozen_return=2)
+    result["script_sha256"] = "0123456789"
     (run / "result.json").write_text(json.dumps(result))
     rows = [cells_of(0, 0, 0, 0.0, rule="frozen", objective=-50.0), *rows]
     picked = [dict(prior=p, shift="none", goal="speed", alpha=a) for p, a in (("noisy", 0.1), ("clean", selected))]
@@ -133,10 +134,10 @@ def steering_run(job, selected, rows):
 
 def test_steering_table(monkeypatch, capsys, tmp_path):
     """Differences in percent of |Frozen|; one seed has the episodes' interval, two have Student's; the split counts
-    the selector's α alone; degraded priors and other rules stay out."""
+    the selector's α on the medium data sets alone; degraded priors and other rules stay out."""
     words = ["steering", "--report", "--seeds", 1, 2, "--datasets", "hopper-medium-v2", "walker2d-medium-expert-v2"]
     out, _ = call(monkeypatch, capsys, tmp_path, *words)
-    assert "Split at the selector's α: not run." in out and "4 HELP, 5 FROZEN, 3 HURT of the 12 cells" in out
+    assert "as in the paper: not run." in out and "4 HELP, 5 FROZEN, 3 HURT of the 12 cells" in out
     args = tables.Args(
         "steering", (1, 2), ("hopper-medium-v2", "walker2d-medium-expert-v2"), runs_dir=tmp_path / "runs"
     )
@@ -147,10 +148,15 @@ def test_steering_table(monkeypatch, capsys, tmp_path):
     steering_run(third, 0.77, [cells_of(-10.0, -15.0, 5.0, 0.5), cells_of(-10.0, -15.0, -5.0, 0.77)])
     out, _ = call(monkeypatch, capsys, tmp_path, *words)
     both = "+22.0 [-3.4, +47.4] FROZEN"  # 100 / 50 of (10 + 12) / 2 and of 12.706 · √2 / √2
-    assert f"| speed | not run | not run | {both} | not run | -10.0 [-10.0, -10.0] HURT | {both} | – | 2 |" in out
-    one = "| -20.0 [-30.0, +10.0] FROZEN | not run | not run | -20.0 [-30.0, -10.0] HURT | HURT at every α | 1 |"
+    assert (
+        f"| speed | not run | not run | {both} | not run | -10.0 [-10.0, -10.0] HURT | {both} (α 0.5) | – | 2 |" in out
+    )
+    one = (
+        "| -20.0 [-30.0, +10.0] FROZEN | not run | not run | -20.0 [-30.0, -10.0] HURT (α 0.77) | HURT at every α | 1 |"
+    )
     assert one in out
-    assert "Split at the selector's α: 0 HELP, 1 FROZEN, 1 HURT of 2 cells." in out and "3 of 4 runs are in" in out
+    assert "as in the paper: 0 HELP, 1 FROZEN, 0 HURT of 1 cells." in out and "3 of 4 runs are in" in out
+    assert "25 episodes a configuration, actor bc" in out and "SHA-256 of the script: 012345678." in out
 
 
 # --- Running ---
