@@ -1495,7 +1495,8 @@ def plot(result: dict, curve: list[dict], advantage: np.ndarray, value: np.ndarr
     for name, (key, style) in lines.items():
         if result[key] is not None:
             axes[0].axhline(result[key], color=style[0], ls=style[1:], lw=1, label=f"{name}: {result[key]:.1f}")
-    axes[0].set(xlabel="iteration", ylabel="score", title=f"{result['env_id']}: learning curve")
+    foreign = " (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else ""
+    axes[0].set(xlabel="iteration", ylabel="score", title=f"{result['env_id']}{foreign}: learning curve")
     axes[1].hist(advantage, bins=80, log=True)
     if args["beta"] > 0:
         at = math.log(args["weight_clip"]) / args["beta"]

@@ -1788,7 +1788,8 @@ def plot(result: dict, curve: list[dict], target: np.ndarray, uncertainty: np.nd
     for name, (key, style) in lines.items():
         if result[key] is not None:
             axes[0].axhline(result[key], color=style[0], ls=style[1:], lw=1, label=f"{name}: {result[key]:.1f}")
-    axes[0].set(xlabel="iteration", ylabel="score, Eq. (15)", title=f"{result['env_id']}: learning curve")
+    foreign = " (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else ""
+    axes[0].set(xlabel="iteration", ylabel="score, Eq. (15)", title=f"{result['env_id']}{foreign}: learning curve")
     for key, label in {"predicted_return": "predicted by the models", "return": "in the environment"}.items():
         axes[1].plot(iterations, [row[f"eval/{key}"] for row in curve], "o-", ms=3, label=label)
     axes[1].set(xlabel="iteration", ylabel="return", title="Predicted and real return (Figure 2)")

@@ -2070,7 +2070,8 @@ def run(args: Args) -> Path:
         plots = {f"curves{end}": functools.partial(plot_curves, what=what) for what, end in CURVES.items()}
         for name, draw in (plots | {"grid": plot_grid}).items():
             with replacing(run_dir / f"{name}.png") as part:
-                draw(summary, args.env_id, path=part)
+                foreign = " (not D4RL's file)" if "not D4RL's" in dataset.source else ""
+                draw(summary, args.env_id + foreign, path=part)
         if args.capture_video:
             zeros = np.zeros((2, 1, dataset.actions.shape[1]))
             act = functools.partial(steering.act, noise=zeros, goal=goal, rule=args.rule, alpha=alpha)

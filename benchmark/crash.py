@@ -1,7 +1,7 @@
 """Kill it, corrupt it, feed it rubbish: what is left afterwards, counted. The table is docs/reliability.md's.
 
     python benchmark/crash.py                           # 50 kills at each place, 1,000 hostile inputs
-    python benchmark/crash.py --kills 2 --hostile 30    # what the test suite does
+    python benchmark/crash.py --kills 2 --hostile 30    # a minute of it
 
 Kills: a tiny run gets SIGKILL at a random moment, is resumed (and perhaps killed again) until it ends, and must then
 be the uninterrupted run: metrics.csv to the byte, the same actor, the same result.json, TensorBoard's rows once each.

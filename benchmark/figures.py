@@ -11,6 +11,7 @@ A figure goes to docs/figures/<figure>.png, or where --output says.
 """
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def read_metrics(run: Path) -> dict[str, np.ndarray]:
     pspo.require((run / "metrics.csv").is_file(), f"{run} has no metrics.csv: give the folder of a run")
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    pspo.require(bool(rows), f"{run} has no evaluation yet: wait for its first row in metrics.csv")
     return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
 
 
@@ -97,21 +99,23 @@ def read_learner(run: Path) -> pspo.PSPO:
 
 
 def figure2(runs: tuple[Path, ...]) -> plt.Figure:
-    """PSPO's Figure 2: the return that the models predict for the policy, and the return it earns; one line a run."""
+    """PSPO's Figure 2: the return that the models predict for the policy, and the return it earns; one colour a run."""
     fig, ax = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
-    for run in runs:
+    for run, colour in zip(runs, itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])):
         metrics = read_metrics(run)
-        for key, label, colour in (
-            ("eval/predicted_return", "predicted by the models, τ ~ P", "tab:orange"),
-            ("eval/return", "in the environment", "tab:blue"),
+        for key, label, style in (
+            ("eval/return", "in the environment", "-"),
+            ("eval/predicted_return", "predicted by the models, τ ~ P", ":"),
         ):
             pspo.require(key in metrics, f"{run} has no column {key}: give runs of pspo.py")
-            ax.plot(metrics["iteration"], metrics[key], color=colour, alpha=0.8, lw=1.2, label=label * (run is runs[0]))
+            label *= run is runs[0]
+            ax.plot(metrics["iteration"], metrics[key], color=colour, ls=style, lw=1.4, label=label)
     result = read_result(runs[0])
     if result["optimum_score"]:
         ax.axhline(result["optimum"], color="k", lw=1, label=f"exact optimum {result['optimum']:.1f}")
-    what = f"{result['env_id']}, {len(runs)} run{'s' * (len(runs) > 1)}"
-    ax.set(xlabel="iteration", ylabel="return, undiscounted", title=f"Predicted and real return: {what}")
+    foreign = " (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else ""
+    what = f"{result['env_id']}{foreign}, {len(runs)} run{'s' * (len(runs) > 1)}"
+    ax.set(xlabel="iteration", ylabel="return, undiscounted", title=what)
     ax.legend(fontsize=8)
     return fig
 

@@ -179,8 +179,7 @@ def run_ours(args: Args, seed: int, folder: Path) -> dict:
     result = json.loads(done[0].read_text())
     with open(done[0].parent / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    step = "iteration" if "iteration" in rows[0] else "update"
-    curve = [(int(float(row[step])), float(row["eval/score"])) for row in rows]
+    curve = [(int(float(row["iteration"])), float(row["eval/score"])) for row in rows]
     return {"curve": curve, "final": result["score"], "data_sha256": result["dataset"]["sha256"]}
 
 

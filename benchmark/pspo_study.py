@@ -146,7 +146,14 @@ def write_table(args: Args, results: dict[str, list[dict]]) -> str:
     """Mean ± 95% interval over seeds, and the worst seed's return; Markdown and CSV."""
     rows = {name: [columns(r) for r in of_seeds] for name, of_seeds in results.items()}
     keys = list(next(iter(rows.values()))[0])
-    lines = ["| variant | " + " | ".join(keys) + " | worst return |", "|---" * (len(keys) + 2) + "|"]
+    every = [result for of_seeds in results.values() for result in of_seeds]
+    seeds = sorted({result["args"]["seed"] for result in every})
+    known = [("data", lambda r: r["dataset"]["source"].split(", seed")[0])]
+    known += [("device", lambda r: f"{r['machine']['device']}, {r['machine']['threads']} thread(s)")]
+    known += [("SHA-256 of pspo.py", lambda r: r["script_sha256"][:9])]
+    about = "; ".join(f"{name}: {', '.join(sorted({of(r) for r in every}))}" for name, of in known)
+    lines = [f"`python benchmark/pspo_study.py {args.study}`, seeds {', '.join(map(str, seeds))}; {about}.", ""]
+    lines += ["| variant | " + " | ".join(keys) + " | worst return |", "|---" * (len(keys) + 2) + "|"]
     for name, of_seeds in rows.items():
         cells = []
         for key in keys:

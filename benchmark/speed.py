@@ -205,7 +205,7 @@ def floor(products: list[Product], device: torch.device) -> Callable[[], None]:
 
 
 def milliseconds(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Every step in turn, `rounds` times, after three rounds that do not count."""
+    """Every step in turn, `rounds` times, after five rounds that do not count."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 5):
@@ -335,7 +335,8 @@ def table(rows: list[dict]) -> str:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []  # Linux only
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 

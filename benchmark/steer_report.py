@@ -52,7 +52,15 @@ def report(run: Path, name: str) -> None:
         writer.writeheader()
         writer.writerows(cells)
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    settings = " ".join(
+        f"--{key.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}".removesuffix(" True")
+        for key, value in result["args"].items()
+        if key in ("study", "references", "priors", "shifts", "episodes") and value
+    )
     lines = [
+        f"`python steer_poe.py --env-id {result['env_id']} {settings}`, {result['machine']['device']}, "
+        f"{result['machine']['threads']} thread(s).",
+        "",
         f"Data: {result['dataset']['name']}, {result['dataset']['source']}, SHA-256 "
         f"{result['dataset']['sha256'][:12]}. "
         f"Actor: {result['actor']}, Frozen's return {result['frozen_return']:.1f}. Seed {result['args']['seed']}, "
@@ -95,8 +103,9 @@ def report(run: Path, name: str) -> None:
     (docs / "results" / f"{name}.md").write_text("\n".join(lines) + "\n")
     text = ("prior", "shift", "goal", "rule", "objective_class", "return_class")
     summary = [{k: v if k in text else float(v) for k, v in row.items()} for row in read(run / "cells.csv")]
-    steer_poe.plot_curves(summary, result["env_id"], "objective", docs / "figures" / f"{name}_curves.png")
-    steer_poe.plot_grid(summary, result["env_id"], docs / "figures" / f"{name}_grid.png")
+    what = result["env_id"] + (" (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else "")
+    steer_poe.plot_curves(summary, what, "objective", docs / "figures" / f"{name}_curves.png")
+    steer_poe.plot_grid(summary, what, docs / "figures" / f"{name}_grid.png")
     print(f"docs/results/{name}.md, .csv and docs/figures/{name}_curves.png, _grid.png")
 
 

@@ -9,6 +9,7 @@ import torch
 
 import iql
 import pspo
+import steer_poe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -69,7 +70,6 @@ def test_boundary_figure_shows_the_saved_policies(runs):
 
 def test_steering_figures(tmp_path, monkeypatch):
     """Curves and grid of a study, redrawn from its cells.csv."""
-    steer_poe = pytest.importorskip("steer_poe")
     run = steer_poe.run(
         steer_poe.Args(
             study=True,

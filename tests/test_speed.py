@@ -65,6 +65,7 @@ LEARNERS = {
     "pspo, liquidation": lambda: pspo_learner("liquidation"),
     "pspo, uniform": lambda: pspo_learner(posterior="uniform", evidence_scale="mean"),
     "pspo, pessimistic": lambda: pspo_learner(posterior="pessimistic"),
+    "pspo, likelihood": lambda: pspo_learner(evidence="likelihood"),
     "pspo, critic": lambda: pspo_learner(evidence="critic"),
     "pspo, no regularisation": lambda: pspo_learner(regularization=False),
 }

@@ -8,7 +8,8 @@ test_a_random_prior_of_growing_variance_leaves_the_frozen_mean. Here each is tak
 import pytest
 import torch
 
-steer_poe = pytest.importorskip("steer_poe")
+import steer_poe
+
 F64 = torch.float64
 
 

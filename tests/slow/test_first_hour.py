@@ -27,7 +27,7 @@ def commands(page):
 def hour(tmp_path_factory):
     """A fresh copy of the repository in which every command of the page has run; returns runs/first_hour of it."""
     copy = tmp_path_factory.mktemp("hour") / "repository"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands("first_hour.md"):
         done = subprocess.run(
