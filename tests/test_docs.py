@@ -56,3 +56,12 @@ def test_commands_of_the_pages_are_understood():
                         module.resolve(args)
                     count += 1
     assert count > 15
+
+
+def test_readme_counts_lines():
+    """The README's table of scripts: lines, to within a hundred."""
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| ([\d,]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == {"pspo.py", "iql.py", "steer_poe.py", "liquidation_env.py"}
+    for name, stated in rows:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert abs(int(stated.replace(",", "")) - lines) < 100, f"{name} has {lines} lines, README says {stated}"

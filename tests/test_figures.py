@@ -51,8 +51,8 @@ def test_pspo_figures(runs, tmp_path, monkeypatch):
     assert metrics["iteration"].tolist() == [10, 20]
     assert learner.log_belief().max().exp().item() > 1 / 3
     axes = figures.figure2(runs[:1]).axes[0]
-    assert axes.lines[0].get_ydata().tolist() == metrics["eval/predicted_return"].tolist()
-    assert axes.lines[1].get_ydata().tolist() == metrics["eval/return"].tolist()
+    assert axes.lines[1].get_ydata().tolist() == metrics["eval/predicted_return"].tolist()
+    assert axes.lines[0].get_ydata().tolist() == metrics["eval/return"].tolist()
 
 
 def test_boundary_figure_shows_the_saved_policies(runs):
