@@ -188,7 +188,7 @@ class Args:
     dataset_episodes: int = 10_000
     """liquidation only: episodes of behaviour data to generate"""
     episodes: int | None = None
-    """episodes of each configuration, same starts and noise for all (default: 25; liquidation 2,000, 25 with --study)"""
+    """episodes of each configuration, the same starts and noise for all (25; liquidation without --study: 2,000)"""
     stochastic: bool = False
     """act with samples of the steered Gaussian instead of its mean"""
 
