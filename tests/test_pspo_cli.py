@@ -348,7 +348,7 @@ def stopped_in_the_terminal(number, begun, *words):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_the_terminal(tmp_path, number):
     """To the process, as soon as there is a run folder: exit code 130 or 143, and the command to go on works."""
-    words = ["--runs-dir", tmp_path, *flags(TINY | dict(iterations=100_000))]
+    words = ["--runs-dir", tmp_path, *flags(TINY | dict(iterations=40_000))]
     err = stopped_in_the_terminal(number, lambda: list(tmp_path.glob("*/checkpoint.pt")), *words)
     assert "Traceback" not in err
     run_dir = only_folder(tmp_path)
