@@ -222,7 +222,8 @@ def figure(results: Path, path: Path) -> None:
                 ax.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, lw=1)
             stack = np.array(list(curves.values()))  # (seeds, evaluations, 2)
             ax.plot(stack[0, :, 0], stack[:, :, 1].mean(0), color=colour, lw=2, label=f"{who}, {len(curves)} seeds")
-        ax.set(title=file.stem.removeprefix("iql_beside_corl_") + " (regenerated)", xlabel="updates", ylabel="score")
+        name = file.stem.removeprefix("iql_beside_corl_")
+        ax.set(title=f"{name} ({rows[0]['data']})", xlabel="updates", ylabel="score")
         ax.legend()
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -242,21 +243,26 @@ def main() -> None:
     results = ROOT / "docs" / "results"
     results.mkdir(parents=True, exist_ok=True)
     stem = results / f"iql_beside_corl_{args.env_id}"
+    dataset = iql.load_dataset(args.env_id, None, ())
+    data = "not D4RL's file" if "not D4RL's" in dataset.source else "D4RL's file"
     with open(stem.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("who", "seed", "update", "score"))
+        writer.writerow(("who", "seed", "update", "score", "data"))
         for (who, seed), result in found.items():
-            writer.writerows((who, seed, update, f"{score:.2f}") for update, score in result["curve"])
-            writer.writerow((who, seed, "final", f"{result['final']:.2f}"))
+            writer.writerows((who, seed, update, f"{score:.2f}", data) for update, score in result["curve"])
+            writer.writerow((who, seed, "final", f"{result['final']:.2f}", data))
     head = "final score (100 episodes), mean ± 95% interval over seeds | every seed | mean of the last 5 evaluations"
-    lines = [f"| | {head} |"]
-    lines.append("|---|---|---|---|")
+    about = f"--env-id {args.env_id} --updates {args.updates} --seeds {' '.join(map(str, args.seeds))}"
+    lines = [
+        f"`python benchmark/iql_beside_corl.py --corl CORL {about}`; data: {dataset.source}; CPU, one thread a run."
+    ]
+    lines += ["", f"| | {head} |", "|---|---|---|---|"]
     for who in ("ours", "CORL"):
         finals = np.array([found[who, seed]["final"] for seed in args.seeds])
         late = np.array([np.mean([score for _, score in found[who, seed]["curve"][-5:]]) for seed in args.seeds])
         cells = [f"{x.mean():.1f} ± {interval(x):.1f}" for x in (finals, late)]
         lines.append(f"| {who} | {cells[0]} | {', '.join(f'{x:.1f}' for x in finals)} | {cells[1]} |")
-    behaviour = iql.episode_returns(iql.load_dataset(args.env_id, None, ())).mean()
+    behaviour = iql.episode_returns(dataset).mean()
     lines.append(f"| behaviour | {iql.normalised_score(behaviour, args.env_id.split('-')[0]):.1f} | | |")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     figure(results, ROOT / "docs" / "figures" / "iql_beside_corl.png")
