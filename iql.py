@@ -559,6 +559,11 @@ returns   min {low:.1f}, mean {mean:.1f}, max {high:.1f} of {len(returns):,} com
 sha256    {dataset.sha256[:12]}"""
 
 
+def figure_name(name: str, source: str) -> str:
+    """A data set's name as figures print it: D4RL's ids are for D4RL's own files. source: Dataset.source."""
+    return name + (" (not D4RL's file)" if "not D4RL's" in source else "")
+
+
 # --- end of the shared data block ---
 
 # --- Networks: every one is a stack evaluated as one batched matrix product ---
@@ -1495,8 +1500,8 @@ def plot(result: dict, curve: list[dict], advantage: np.ndarray, value: np.ndarr
     for name, (key, style) in lines.items():
         if result[key] is not None:
             axes[0].axhline(result[key], color=style[0], ls=style[1:], lw=1, label=f"{name}: {result[key]:.1f}")
-    foreign = " (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else ""
-    axes[0].set(xlabel="iteration", ylabel="score", title=f"{result['env_id']}{foreign}: learning curve")
+    name = figure_name(result["env_id"], result["dataset"]["source"])
+    axes[0].set(xlabel="iteration", ylabel="score", title=f"{name}: learning curve")
     axes[1].hist(advantage, bins=80, log=True)
     if args["beta"] > 0:
         at = math.log(args["weight_clip"]) / args["beta"]

@@ -555,6 +555,11 @@ returns   min {low:.1f}, mean {mean:.1f}, max {high:.1f} of {len(returns):,} com
 sha256    {dataset.sha256[:12]}"""
 
 
+def figure_name(name: str, source: str) -> str:
+    """A data set's name as figures print it: D4RL's ids are for D4RL's own files. source: Dataset.source."""
+    return name + (" (not D4RL's file)" if "not D4RL's" in source else "")
+
+
 # --- end of the shared data block ---
 
 
@@ -1788,8 +1793,8 @@ def plot(result: dict, curve: list[dict], target: np.ndarray, uncertainty: np.nd
     for name, (key, style) in lines.items():
         if result[key] is not None:
             axes[0].axhline(result[key], color=style[0], ls=style[1:], lw=1, label=f"{name}: {result[key]:.1f}")
-    foreign = " (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else ""
-    axes[0].set(xlabel="iteration", ylabel="score, Eq. (15)", title=f"{result['env_id']}{foreign}: learning curve")
+    name = figure_name(result["env_id"], result["dataset"]["source"])
+    axes[0].set(xlabel="iteration", ylabel="score, Eq. (15)", title=f"{name}: learning curve")
     for key, label in {"predicted_return": "predicted by the models", "return": "in the environment"}.items():
         axes[1].plot(iterations, [row[f"eval/{key}"] for row in curve], "o-", ms=3, label=label)
     axes[1].set(xlabel="iteration", ylabel="return", title="Predicted and real return (Figure 2)")

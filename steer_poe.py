@@ -524,6 +524,11 @@ returns   min {low:.1f}, mean {mean:.1f}, max {high:.1f} of {len(returns):,} com
 sha256    {dataset.sha256[:12]}"""
 
 
+def figure_name(name: str, source: str) -> str:
+    """A data set's name as figures print it: D4RL's ids are for D4RL's own files. source: Dataset.source."""
+    return name + (" (not D4RL's file)" if "not D4RL's" in source else "")
+
+
 # --- end of the shared data block ---
 
 # --- Goals: functions of observations and actions alone ---
@@ -2070,8 +2075,7 @@ def run(args: Args) -> Path:
         plots = {f"curves{end}": functools.partial(plot_curves, what=what) for what, end in CURVES.items()}
         for name, draw in (plots | {"grid": plot_grid}).items():
             with replacing(run_dir / f"{name}.png") as part:
-                foreign = " (not D4RL's file)" if "not D4RL's" in dataset.source else ""
-                draw(summary, args.env_id + foreign, path=part)
+                draw(summary, figure_name(args.env_id, dataset.source), path=part)
         if args.capture_video:
             zeros = np.zeros((2, 1, dataset.actions.shape[1]))
             act = functools.partial(steering.act, noise=zeros, goal=goal, rule=args.rule, alpha=alpha)

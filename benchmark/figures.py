@@ -10,7 +10,6 @@
 A figure goes to docs/figures/<figure>.png, or where --output says.
 """
 
-import csv
 import itertools
 import json
 import sys
@@ -29,6 +28,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from runner import read_csv  # noqa: E402
+
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 import liquidation_env  # noqa: E402
 import pspo  # noqa: E402
@@ -56,8 +57,7 @@ def read_result(run: Path) -> dict:
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
     """metrics.csv of a run, by column. Raises UserError."""
     pspo.require((run / "metrics.csv").is_file(), f"{run} has no metrics.csv: give the folder of a run")
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(run / "metrics.csv")
     pspo.require(bool(rows), f"{run} has no evaluation yet: wait for its first row in metrics.csv")
     return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
 
@@ -113,8 +113,8 @@ def figure2(runs: tuple[Path, ...]) -> plt.Figure:
     result = read_result(runs[0])
     if result["optimum_score"]:
         ax.axhline(result["optimum"], color="k", lw=1, label=f"exact optimum {result['optimum']:.1f}")
-    foreign = " (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else ""
-    what = f"{result['env_id']}{foreign}, {len(runs)} run{'s' * (len(runs) > 1)}"
+    name = pspo.figure_name(result["env_id"], result["dataset"]["source"])
+    what = f"{name}, {len(runs)} run{'s' * (len(runs) > 1)}"
     ax.set(xlabel="iteration", ylabel="return, undiscounted", title=what)
     ax.legend(fontsize=8)
     return fig
@@ -214,15 +214,15 @@ def expectile(runs: tuple[Path, ...] = ()) -> plt.Figure:
 def read_cells(runs: tuple[Path, ...]) -> tuple[list[dict], str]:
     """(cells.csv of runs of steer_poe.py with numbers as numbers, the data set's name). Runs may differ in priors and
     shifts, not in data. Raises UserError."""
-    names = {read_result(run)["env_id"] for run in runs}
+    results = [read_result(run) for run in runs]
+    names = {pspo.figure_name(result["env_id"], result["dataset"]["source"]) for result in results}
     pspo.require(len(names) == 1, f"runs of different data sets ({', '.join(sorted(names))}): draw one at a time")
     cells = []
     for run in runs:
         pspo.require((run / "cells.csv").is_file(), f"{run} has no cells.csv: give runs of steer_poe.py")
-        with open(run / "cells.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                words = {"prior", "shift", "goal", "rule", "objective_class", "return_class"}
-                cells.append({key: value if key in words else float(value) for key, value in row.items()})
+        for row in read_csv(run / "cells.csv"):
+            words = {"prior", "shift", "goal", "rule", "objective_class", "return_class"}
+            cells.append({key: value if key in words else float(value) for key, value in row.items()})
     return cells, names.pop()
 
 

@@ -30,7 +30,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runner import interval  # noqa: E402
+from runner import interval, read_csv  # noqa: E402
 
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
@@ -177,8 +177,7 @@ def run_ours(args: Args, seed: int, folder: Path) -> dict:
             subprocess.run([str(x) for x in command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
         done = list(folder.glob("*/result.json"))
     result = json.loads(done[0].read_text())
-    with open(done[0].parent / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(done[0].parent / "metrics.csv")
     curve = [(int(float(row["iteration"])), float(row["eval/score"])) for row in rows]
     return {"curve": curve, "final": result["score"], "data_sha256": result["dataset"]["sha256"]}
 
@@ -211,8 +210,7 @@ def figure(results: Path, path: Path) -> None:
     files = sorted(results.glob("iql_beside_corl_*.csv"))
     fig, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4), squeeze=False)
     for ax, file in zip(axes[0], files, strict=True):
-        with open(file) as stream:
-            rows = list(csv.DictReader(stream))
+        rows = read_csv(file)
         for who, colour in (("ours", "tab:blue"), ("CORL", "tab:orange")):
             curves = {}
             for row in rows:

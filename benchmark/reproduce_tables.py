@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runner import ROOT, Job, UserError, flags, interval, require, run_jobs, script
+from runner import ROOT, Job, UserError, flags, interval, read_csv, require, run_jobs, script
 
 TASKS, LEVELS = ("halfcheetah", "hopper", "walker2d"), ("random", "medium", "expert", "medium-expert", "medium-replay")
 D4RL = [f"{task}-{level}-v2" for task in TASKS for level in (*LEVELS, "full-replay")]
@@ -181,11 +181,6 @@ def plan(args: Args) -> dict[tuple[str, str], list[Job]]:
 # --- Tables ---
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def mean_interval(values: list[float]) -> str:
     """ "mean ± half-width (number of seeds)", or "not run"."""
     if not values:
@@ -248,7 +243,7 @@ def steering_cell(rows: list[dict]) -> tuple[str, str]:
     if len(rows) > 1:
         half = interval(list(percent[:, 0]))
         low, high = middle - half, middle + half
-    word = "HELP" if low > 0 else "HURT" if high < 0 else "FROZEN"
+    word = script("steer_poe").classify(low, high)
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}] {word}", word
 
 

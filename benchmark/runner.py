@@ -3,6 +3,7 @@
 For the programs of this folder; a Job is one run of one script with one seed, in a folder of its own.
 """
 
+import csv
 import dataclasses
 import functools
 import importlib
@@ -108,6 +109,11 @@ class Job:
             return [*command, "--resume", str(self.unfinished())]
         settings = {"num_threads": 1} | self.settings | {"runs_dir": str(self.folder)}
         return command + flags(settings)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from runner import flags, read_csv  # noqa: E402
+
 import steer_poe  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
 
@@ -35,31 +37,22 @@ class Args:
     """draw what PoE does to two Gaussians"""
 
 
-def read(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def report(run: Path, name: str) -> None:
     """The run's tables as one Markdown page and one CSV, and its two figures."""
     result = json.loads((run / "result.json").read_text())
     keys = ("prior", "goal", "rule", "alpha")
-    diagnostics = {tuple(row[k] for k in keys): row for row in read(run / "diagnostics.csv")}
-    cells = [row | diagnostics[tuple(row[k] for k in keys)] for row in read(run / "cells.csv")]
+    diagnostics = {tuple(row[k] for k in keys): row for row in read_csv(run / "diagnostics.csv")}
+    cells = [row | diagnostics[tuple(row[k] for k in keys)] for row in read_csv(run / "cells.csv")]
     docs = ROOT / "docs"
     with open(docs / "results" / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, cells[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(cells)
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-    settings = " ".join(
-        f"--{key.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}".removesuffix(" True")
-        for key, value in result["args"].items()
-        if key in ("study", "references", "priors", "shifts", "episodes") and value
-    )
+    told = ("env_id", "episodes", "study", "references", "priors", "shifts")
+    settings = " ".join(flags({key: value for key in told if (value := result["args"][key])}))
     lines = [
-        f"`python steer_poe.py --env-id {result['env_id']} {settings}`, {result['machine']['device']}, "
-        f"{result['machine']['threads']} thread(s).",
+        f"`python steer_poe.py {settings}`, {result['machine']['device']}, {result['machine']['threads']} thread(s).",
         "",
         f"Data: {result['dataset']['name']}, {result['dataset']['source']}, SHA-256 "
         f"{result['dataset']['sha256'][:12]}. "
@@ -102,8 +95,8 @@ def report(run: Path, name: str) -> None:
         )
     (docs / "results" / f"{name}.md").write_text("\n".join(lines) + "\n")
     text = ("prior", "shift", "goal", "rule", "objective_class", "return_class")
-    summary = [{k: v if k in text else float(v) for k, v in row.items()} for row in read(run / "cells.csv")]
-    what = result["env_id"] + (" (not D4RL's file)" if "not D4RL's" in result["dataset"]["source"] else "")
+    summary = [{k: v if k in text else float(v) for k, v in row.items()} for row in read_csv(run / "cells.csv")]
+    what = steer_poe.figure_name(result["env_id"], result["dataset"]["source"])
     steer_poe.plot_curves(summary, what, "objective", docs / "figures" / f"{name}_curves.png")
     steer_poe.plot_grid(summary, what, docs / "figures" / f"{name}_grid.png")
     print(f"docs/results/{name}.md, .csv and docs/figures/{name}_curves.png, _grid.png")

@@ -2,6 +2,7 @@
 
 import h5py
 import numpy as np
+import torch
 
 KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -35,3 +36,15 @@ def write(path, arrays):
         for key, value in arrays.items():
             file[key] = value
     return str(path)
+
+
+def toy_data(rows=64, obs_dim=3, act_dim=2, seed=0):
+    """Random transitions as the learners take them: tensors, shapes alone matter."""
+    g = torch.Generator().manual_seed(seed)
+    return dict(
+        observations=torch.randn(rows, obs_dim, generator=g),
+        actions=torch.rand(rows, act_dim, generator=g) * 2 - 1,
+        rewards=torch.randn(rows, generator=g),
+        next_observations=torch.randn(rows, obs_dim, generator=g),
+        terminals=torch.rand(rows, generator=g) < 0.2,
+    )

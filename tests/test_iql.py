@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from d4rl_layout import columns, episodes, write
+from d4rl_layout import columns, episodes, toy_data, write
 from docs_pages import logged_metrics
 
 import iql
@@ -101,17 +101,6 @@ def test_actor_mean_dropout_and_std():
 
 
 # --- The learner ---
-def toy_data(rows=64, obs_dim=3, act_dim=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return dict(
-        observations=torch.randn(rows, obs_dim, generator=g),
-        actions=torch.rand(rows, act_dim, generator=g) * 2 - 1,
-        rewards=torch.randn(rows, generator=g),
-        next_observations=torch.randn(rows, obs_dim, generator=g),
-        terminals=torch.rand(rows, generator=g) < 0.2,
-    )
-
-
 def learner(room=0, **changes):
     args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", hidden=16, batch_size=32, **changes))
     torch.manual_seed(0)

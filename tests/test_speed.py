@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from d4rl_layout import toy_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,21 +26,10 @@ HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
-def toy_data(obs_dim, act_dim, rows=512):
-    g = torch.Generator().manual_seed(0)
-    return dict(
-        observations=torch.randn(rows, obs_dim, generator=g),
-        actions=torch.rand(rows, act_dim, generator=g) * 1.9 - 0.95,
-        rewards=torch.rand(rows, generator=g),
-        next_observations=torch.randn(rows, obs_dim, generator=g),
-        terminals=torch.rand(rows, generator=g) < 0.1,
-    )
-
-
 def iql_learner(**changes):
     args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", hidden=16, batch_size=32, **changes))
     torch.manual_seed(0)
-    return iql.IQL(args, toy_data(11, 3))
+    return iql.IQL(args, toy_data(512, 11, 3))
 
 
 def pspo_learner(env_id="hopper-medium-v2", **changes):
@@ -51,7 +41,7 @@ def pspo_learner(env_id="hopper-medium-v2", **changes):
     torch.manual_seed(0)
     pool = pspo.Dynamics(args.pool_size, *dims, args.dynamics_hidden, args.dynamics_layers)
     pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, dims[0]))
-    learner = pspo.PSPO(args, toy_data(*dims), domain)
+    learner = pspo.PSPO(args, toy_data(512, *dims), domain)
     learner.behaviour.requires_grad_(False)
     learner.redraw(pool)
     return learner
