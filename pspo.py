@@ -1147,21 +1147,21 @@ class PSPO(nn.Module):
             return evidence / evidence.mean(-1, keepdim=True).clamp(min=1e-30)
         return evidence
 
-    def update_belief(self, obs, action, observed_target, observed, known) -> None:
+    def update_belief(self, obs, action, reward, next_obs, terminal, observed_target) -> None:
         """Eq. (3) on observed transitions into the running averages behind Eq. (4).
 
-        obs (E, obs), action (E, act), their observed Bellman targets (E,), observed (r, s') (E, 1+obs) and whether
-        s' is known (E,), which only --evidence likelihood looks at.
+        obs and next_obs (E, obs), action (E, act), reward, terminal and the observed Bellman target (E,).
         """
         mean, std = self.active(obs, action)  # (N, E, 1+obs)
         if self.args.evidence == "likelihood":
-            delta = mean_surprise(mean, std, observed, known)
+            known = ~(terminal & (next_obs == obs).all(1))  # files without next states have a placeholder there
+            delta = mean_surprise(mean, std, torch.cat([reward[:, None], next_obs], -1), known)
             delta = delta - delta.mean() + 1  # average quality is 1, as below
         else:
             # The same noise for every model, in s'' and in the actions of V: its part of Δ cancels between models.
-            _, next_obs = self.active.split(mean + std * torch.randn_like(mean[0]))
-            next_value = self.value(next_obs, common_noise=True)
-            reward, terminal = mean[..., 0] / self.reward_scale, self.terminal(next_obs)
+            _, predicted = self.active.split(mean + std * torch.randn_like(mean[0]))
+            next_value = self.value(predicted, common_noise=True)
+            reward, terminal = mean[..., 0] / self.reward_scale, self.terminal(predicted)
             delta = model_evidence(bellman_target(reward, terminal, next_value, self.args.gamma), observed_target)
             if self.args.evidence_scale != "none":
                 delta = delta / delta.mean().clamp(min=1e-30)  # the critic's scale drifts: average relative evidence
@@ -1239,9 +1239,7 @@ class PSPO(nn.Module):
             data_target = bellman_target(reward / self.reward_scale, terminal, self.value(next_obs), args.gamma)
             if self.learns_belief:
                 few = slice(args.evidence_rows)
-                observed = torch.cat([reward[few, None], next_obs[few]], -1)
-                known = ~(terminal[few] & (next_obs[few] == obs[few]).all(1))
-                self.update_belief(obs[few], action[few], data_target[few], observed, known)
+                self.update_belief(*(x[few] for x in (obs, action, reward, next_obs, terminal, data_target)))
             pi_mean, pi_log_std = self.actor(self.rollout_obs)
             rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh()
             model_target, rollout_next, rollout_terminal = self.model_targets(self.rollout_obs, rollout_action)

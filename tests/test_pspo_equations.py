@@ -496,8 +496,7 @@ def learned_belief(small, corrupt, iterations=60, **settings):
             rows = torch.randint(len(data["rewards"]), (32,))
             obs, action, reward, next_obs, ends = (data[name][rows] for name in data)
             observed = pspo.bellman_target(reward / learner.reward_scale, ends, learner.value(next_obs), 1.0)
-            seen = torch.cat([reward[:, None], next_obs], -1)
-            learner.update_belief(obs, action, observed, seen, torch.ones_like(ends))
+            learner.update_belief(obs, action, reward, next_obs, ends, observed)
         belief = learner.log_belief().exp()
     return sum(belief[learner.members == member].item() for member in CORRUPTED)
 
