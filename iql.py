@@ -844,6 +844,7 @@ class IQL(nn.Module):
         self.target_critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
+        self.register_buffer("rows", torch.zeros(args.batch_size, dtype=torch.int64), persistent=False)
         self.to(data["rewards"].device)
         self.value_optimizer = Adam((self.value.parameters(), args.critic_lr))
         self.actor_critic_optimizer = Adam(
@@ -857,11 +858,14 @@ class IQL(nn.Module):
         self.data["actions"][self.size].clamp_(-1 + 1e-5, 1 - 1e-5)
         self.size += 1
 
+    def draw(self) -> None:
+        """The rows of the next update. Apart from it, for a compiled or captured update does not see the data grow."""
+        self.rows.random_(self.size)
+
     def update(self) -> torch.Tensor:
-        """One batch in the official order V → π → Q → Q̄; returns METRICS, (M,)."""
+        """The drawn batch in the official order V → π → Q → Q̄; returns METRICS, (M,)."""
         args = self.args
-        rows = torch.randint(self.size, (args.batch_size,), device=self.data["rewards"].device)
-        obs, action, reward, next_obs, terminal = (column[rows] for column in self.data.values())
+        obs, action, reward, next_obs, terminal = (column[self.rows] for column in self.data.values())
 
         # Eq. (5): V towards the upper expectile of Q̄ over the data's actions
         with torch.no_grad():
@@ -1740,7 +1744,7 @@ def run(args: Args) -> Path:
         last = log.rows[-1]["iteration"] if log.rows else 0
         env_seed = args.seed + 30_000 + last + 1
         guard = Guard("iteration", IQL.METRICS, DIVERGENCE, learner.metric_bounds(horizon))
-        step = fast(learner.update, device, args.compile, args.iterations)
+        step = fast(learner.update, device, args.compile, total)
         progress = bar(total=total, initial=done, desc="training")
         for iteration in range(done + 1, total + 1):
             if iteration > args.iterations:
@@ -1750,7 +1754,8 @@ def run(args: Args) -> Path:
             if not args.online_steps:
                 share = cosine(iteration, args.iterations)
                 learner.actor_critic_optimizer.rates[0].fill_(args.actor_lr * share)
-            row = step() if iteration <= args.iterations else learner.update()  # online the data grow
+            learner.draw()
+            row = step()
             sums += row
             guard.add(iteration, row)
             progress.update()

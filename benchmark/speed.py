@@ -168,9 +168,9 @@ def our_works(args: Args, device: torch.device) -> list[Work]:
         end = ", compiled" if compiled else ""
         iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", **small))
         learner = iql.IQL(iql_args, random_rows(OBS, ACT, device))
-        works.append(
-            Work(f"IQL{end}", iql.fast(learner.update, device, "on" if compiled else "off", 0), iql_products(iql_args))
-        )
+        update = iql.fast(learner.update, device, "on" if compiled else "off", 0)
+        # the loop's variables are bound now, or every work would run the last one's
+        works.append(Work(f"IQL{end}", lambda i=learner, u=update: (i.draw(), u()), iql_products(iql_args)))
         for members, width, layers in ((2, 8, 2),) if args.small else ((10, 200, 3), (100, 256, 4)):
             work = dynamics_work(members, 256, width, layers, device, compiled)
             work.name += end
