@@ -253,6 +253,8 @@ class Args:
     """largest weight of Eq. (7)"""
     dropout: float | None = None
     """dropout rate after the policy's hidden layers, in training only"""
+    normalize_observations: bool = False
+    """the networks see (s - mean) / std of the data's observations; the paper's see s as it is"""
     reward_transform: Literal["return_range", "minus_one", "raw"] | None = None
     """reward learnt from: r · 1000 / (largest - smallest episode return), r - 1, or r"""
     gamma: float | None = None
@@ -570,19 +572,21 @@ def figure_name(name: str, source: str) -> str:
 
 
 class MLP(nn.Module):
-    """`size` independent multi-layer perceptrons: (B, in) or (size, B, in) -> (size, B, out)."""
+    """`size` independent multi-layer perceptrons of (x − mean) / std: (B, in) or (size, B, in) -> (size, B, out)."""
 
     def __init__(self, size: int, widths: list[int], activation=torch.relu_):
         super().__init__()
         self.size, self.activation = size, activation
         shapes = list(itertools.pairwise(widths))
+        self.register_buffer("mean", torch.zeros(widths[0]))
+        self.register_buffer("std", torch.ones(widths[0]))
         self.weights = nn.ParameterList(torch.empty(size, *shape) for shape in shapes)
         self.biases = nn.ParameterList(torch.zeros(size, 1, shape[1]) for shape in shapes)
         for weight in itertools.chain(*self.weights):  # the last layer's too, as in the official code
             nn.init.orthogonal_(weight, math.sqrt(2))
 
     def forward(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        x = x.expand(self.size, *x.shape[-2:])
+        x = ((x - self.mean) / self.std).expand(self.size, *x.shape[-2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i:
                 x = self.activation(x)
@@ -841,6 +845,11 @@ class IQL(nn.Module):
         self.value = Value(obs_dim, args.hidden)
         self.actor = Actor(obs_dim, act_dim, args.hidden)
         self.critic = Critic(obs_dim, act_dim, args.hidden)
+        if args.normalize_observations:
+            mean, std = data["observations"].mean(0), data["observations"].std(0)
+            for net in (self.value.net, self.actor.net, self.critic.net):
+                net.mean[:obs_dim] = mean
+                net.std[:obs_dim] = torch.where(std > 1e-6, std, torch.ones_like(std))
         self.target_critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
@@ -1575,12 +1584,11 @@ def actor_file(actor: Actor, args: Args, domain: str, dataset: Dataset) -> dict:
     sample clipped to [-1, 1].
     """
     layers = zip(actor.net.weights, actor.net.biases, strict=True)
-    obs_dim = dataset.observations.shape[1]
     return {
         "kind": "actor", "script": "iql", "env_id": args.env_id, "domain": domain, "data_sha256": dataset.sha256,
         "layers": [{"weight": w[0].detach().cpu().clone(), "bias": b[0, 0].detach().cpu().clone()} for w, b in layers],
         "activation": "relu", "squash": "tanh of the mean", "log_std": actor.log_std.detach().cpu().clone(),
-        "log_std_range": [-5.0, 2.0], "obs_mean": torch.zeros(obs_dim), "obs_std": torch.ones(obs_dim),
+        "log_std_range": [-5.0, 2.0], "obs_mean": actor.net.mean.cpu().clone(), "obs_std": actor.net.std.cpu().clone(),
     }  # fmt: skip
 
 

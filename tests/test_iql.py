@@ -161,6 +161,28 @@ def test_update_is_the_official_order():
             assert torch.allclose(moments[mine], theirs.grad / 10, rtol=1e-3, atol=1e-7), name
 
 
+def test_normalised_observations_have_no_unit():
+    """Data in other units train the same networks; without the flag they do not."""
+    units, shift = torch.tensor([1e3, 1e-2, 5.0]), torch.tensor([7.0, -3.0, 0.0])
+    for flag in (True, False):
+        rows = []
+        for scale, offset in ((1.0, 0.0), (units, shift)):
+            args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", hidden=16, normalize_observations=flag))
+            data = toy_data()
+            data |= {key: scale * data[key] + offset for key in ("observations", "next_observations")}
+            torch.manual_seed(0)
+            agent = iql.IQL(args, data)
+            rows.append(torch.stack([update(agent) for _ in range(5)]))
+            acted = agent.actor.act((scale * torch.ones(1, 3) + offset).numpy())
+            rows.append(torch.as_tensor(acted))
+        same = torch.allclose(rows[0], rows[2], rtol=1e-3), torch.allclose(rows[1], rows[3], atol=1e-4)
+        assert same == (flag, flag)
+        net = agent.target_critic.net  # its inputs are the observation and the action; the latter stays
+        inputs = (agent.data["observations"] - net.mean[:3]) / net.std[:3]
+        standard = inputs.mean(0).abs().max() < 1e-4 and torch.allclose(inputs.std(0), torch.ones(3), atol=1e-4)
+        assert bool(standard) == flag and (net.std[3:] == 1).all() and (net.mean[3:] == 0).all()
+
+
 def test_actions_are_kept_off_the_bounds():
     data = toy_data()
     data["actions"][0] = torch.tensor([1.0, -1.0])
@@ -396,9 +418,10 @@ def play_actor(path, obs):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hopper_file_and_its_actor(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--normalize-observations"]])
+def test_hopper_file_and_its_actor(flags, tmp_path, monkeypatch):
     path = hopper_file(tmp_path / "hopper_medium-v2.hdf5")
-    in_process([*TINY, "--env-id", "hopper-medium-v2", "--dataset-path", path], monkeypatch, tmp_path)
+    in_process([*TINY, "--env-id", "hopper-medium-v2", "--dataset-path", path, *flags], monkeypatch, tmp_path)
     folder = only_run(tmp_path)
     result = json.loads((folder / "result.json").read_text())
     assert "regenerated or modified" in result["dataset"]["source"] and result["paper_score"] == 66.3
@@ -410,6 +433,7 @@ def test_hopper_file_and_its_actor(tmp_path, monkeypatch):
     assert np.allclose(mean, agent.actor.act(data.observations[:9]), atol=1e-6)
     assert np.allclose(std, agent.actor(torch.zeros(1, 11))[1].exp().detach(), atol=1e-6)
     saved = torch.load(folder / "actor.pt", weights_only=True)
+    assert torch.allclose(saved["obs_std"], torch.as_tensor(data.observations).std(0)) == bool(flags)
     assert saved["kind"] == "actor" and saved["squash"] == "tanh of the mean" and saved["data_sha256"] == data.sha256
 
 
