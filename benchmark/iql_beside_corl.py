@@ -6,15 +6,16 @@
 CORL's `algorithms/offline/iql.py` runs as it is, with its own configuration file. It imports gym, d4rl, wandb and
 pyrallis, which need an old Python; stand-ins take their places: Gymnasium's environment under gym's old interface, the
 data set under `qlearning_dataset`'s rules (facts that D4RL documents), a logger that keeps the learning curve.
-What has a result is not run again. Curves go to docs/results/iql_beside_corl_<env-id>.csv, the table to .md, the
-figure to docs/figures/iql_beside_corl.png (one panel for each data set that has a CSV).
+Ours runs with the official code's settings, and once more with what CORL's configuration files differ in most.
+What has a result is not run again; a run of ours that was stopped goes on. Curves go to
+docs/results/iql_beside_corl_<env-id>.csv, the table to .md, the figure to docs/figures/iql_beside_corl.png (one panel
+for each data set that has a CSV).
 """
 
 import csv
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 import types
@@ -30,11 +31,13 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runner import interval, read_csv  # noqa: E402
+from runner import Job, execute, interval, read_csv  # noqa: E402
 
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
 EVAL_EVERY, EVAL_EPISODES, FINAL_EPISODES = 5000, 10, 100
+OURS = {"ours": {}, "ours, normalised observations": {"normalize_observations": True}}  # beside the domain's settings
+WHO = {"CORL": "tab:orange", "ours": "tab:blue", "ours, normalised observations": "tab:green"}  # and its colour
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Args:
     """processes at a time, one thread each"""
     runs_dir: Path = Path("runs/iql_beside_corl")
     """where the runs lie; relative to the repository's root"""
+    docs_dir: Path = Path("docs")
+    """where results/ and figures/ go; relative to the repository's root"""
     only: str = ""
     """internal: run CORL with this one seed in this process"""
 
@@ -163,38 +168,42 @@ def run_corl(args: Args, seed: int, result: Path) -> None:
     scores = [100 * env.get_normalized_score(x) for x in returns]
     content = {"curve": curve, "final": float(np.mean(scores)), "cpu_seconds": seconds, "config": config}
     content |= {"data_sha256": dataset.sha256, "source": dataset.source}
-    result.write_text(json.dumps(content, indent=2) + "\n")
+    with iql.replacing(result) as part:  # what is there is whole
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def run_ours(args: Args, seed: int, folder: Path) -> dict:
-    """`python iql.py` as a user types it; its learning curve and final score."""
-    done = list(folder.glob("*/result.json"))
-    if not done:
-        command = [sys.executable, "iql.py", "--env-id", args.env_id, "--iterations", str(args.updates)]
-        command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES), "--seed", str(seed)]
-        command += ["--final-episodes", str(FINAL_EPISODES), "--no-cuda", "--num-threads", "1", "--runs-dir", folder]
-        with open(folder / "log.txt", "w") as log:
-            subprocess.run([str(x) for x in command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-        done = list(folder.glob("*/result.json"))
-    result = json.loads(done[0].read_text())
-    rows = read_csv(done[0].parent / "metrics.csv")
+def our_job(args: Args, who: str, seed: int, folder: Path) -> Job:
+    """`python iql.py` as a user types it."""
+    settings = dict(env_id=args.env_id, iterations=args.updates, eval_every=EVAL_EVERY, eval_episodes=EVAL_EPISODES)
+    settings |= dict(final_episodes=FINAL_EPISODES, cuda=False, seed=seed)
+    return Job("iql", settings | OURS[who], folder)
+
+
+def run_ours(job: Job) -> dict:
+    """Its learning curve and final score; what was stopped goes on."""
+    log = job.folder / "log.txt"
+    if job.state() != "done" and execute(job.command(), str(ROOT), str(log)):
+        sys.exit(f"error: iql.py failed: {log} says why")
+    result = job.result()
+    rows = read_csv(job.finished() / "metrics.csv")
     curve = [(int(float(row["iteration"])), float(row["eval/score"])) for row in rows]
     return {"curve": curve, "final": result["score"], "data_sha256": result["dataset"]["sha256"]}
 
 
 def run_one(args: Args, who: str, seed: int) -> dict:
     """One run of either implementation, unless it has been run."""
-    folder = ROOT / args.runs_dir / f"{args.env_id}_{args.updates}" / f"{who}_{seed}"
+    name = f"{who.replace(', ', '_').replace(' ', '_')}_{seed}"
+    folder = ROOT / args.runs_dir / f"{args.env_id}_{args.updates}" / name
     folder.mkdir(parents=True, exist_ok=True)
-    if who == "ours":
-        result = run_ours(args, seed, folder)
+    if who in OURS:
+        result = run_ours(our_job(args, who, seed, folder))
     else:
         path = folder / "result.json"
         if not path.exists():
             command = [sys.executable, __file__, "--corl", str(args.corl.resolve()), "--env-id", args.env_id]
             command += ["--updates", str(args.updates), "--only", f"{seed} {path}"]
-            with open(folder / "log.txt", "w") as log:
-                subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+            if execute(command, str(ROOT), str(folder / "log.txt")):
+                sys.exit(f"error: CORL's run failed: {folder / 'log.txt'} says why")
         result = json.loads(path.read_text())
     print(f"{time.strftime('%H:%M:%S')} {args.env_id}, {who}, seed {seed}: {result['final']:.1f}", flush=True)
     return result
@@ -211,13 +220,15 @@ def figure(results: Path, path: Path) -> None:
     fig, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4), squeeze=False)
     for ax, file in zip(axes[0], files, strict=True):
         rows = read_csv(file)
-        for who, colour in (("ours", "tab:blue"), ("CORL", "tab:orange")):
-            curves = {}
+        for who, colour in WHO.items():
+            curves: dict[str, list] = {}
             for row in rows:
                 if row["who"] == who and row["update"] != "final":
                     curves.setdefault(row["seed"], []).append((int(row["update"]), float(row["score"])))
             for curve in curves.values():
                 ax.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, lw=1)
+            if not curves:
+                continue
             stack = np.array(list(curves.values()))  # (seeds, evaluations, 2)
             ax.plot(stack[0, :, 0], stack[:, :, 1].mean(0), color=colour, lw=2, label=f"{who}, {len(curves)} seeds")
         name = file.stem.removeprefix("iql_beside_corl_")
@@ -234,12 +245,13 @@ def main() -> None:
         return run_corl(args, int(seed), Path(path))
     if not (args.corl / "algorithms/offline/iql.py").exists():
         sys.exit(f"error: {args.corl} is no checkout of CORL: it has no algorithms/offline/iql.py")
-    plan = [(who, seed) for seed in args.seeds for who in ("CORL", "ours")]
+    plan = [(who, seed) for seed in args.seeds for who in WHO]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(plan, pool.map(lambda cell: run_one(args, *cell), plan), strict=True))
     assert len({result["data_sha256"] for result in found.values()}) == 1, "the runs saw different data"
-    results = ROOT / "docs" / "results"
-    results.mkdir(parents=True, exist_ok=True)
+    results, figures = (ROOT / args.docs_dir / name for name in ("results", "figures"))
+    for folder in (results, figures):
+        folder.mkdir(parents=True, exist_ok=True)
     stem = results / f"iql_beside_corl_{args.env_id}"
     dataset = iql.load_dataset(args.env_id, None, ())
     data = "not D4RL's file" if "not D4RL's" in dataset.source else "D4RL's file"
@@ -255,7 +267,7 @@ def main() -> None:
         f"`python benchmark/iql_beside_corl.py --corl CORL {about}`; data: {dataset.source}; CPU, one thread a run."
     ]
     lines += ["", f"| | {head} |", "|---|---|---|---|"]
-    for who in ("ours", "CORL"):
+    for who in WHO:
         finals = np.array([found[who, seed]["final"] for seed in args.seeds])
         late = np.array([np.mean([score for _, score in found[who, seed]["curve"][-5:]]) for seed in args.seeds])
         cells = [f"{x.mean():.1f} ± {interval(x):.1f}" for x in (finals, late)]
@@ -263,7 +275,7 @@ def main() -> None:
     behaviour = iql.episode_returns(dataset).mean()
     lines.append(f"| behaviour | {iql.normalised_score(behaviour, args.env_id.split('-')[0]):.1f} | | |")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    figure(results, ROOT / "docs" / "figures" / "iql_beside_corl.png")
+    figure(results, figures / "iql_beside_corl.png")
     print("\n".join(lines))
 
 
