@@ -4,6 +4,7 @@
     python benchmark/speed.py --compile                         # the compiled steps, too
     python benchmark/speed.py --peers DIR --jax-python PYTHON   # and CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL
     python benchmark/speed.py --growth                          # the dynamics update over members, batch and width
+    python benchmark/speed.py --profile                         # what a step's time goes to, operation by operation
 
 DIR holds checkouts, each under its own name. Their update code runs as it is, on random rows; the modules that it only
 imports (gym, d4rl, wandb, pyrallis) have stand-ins. All works of a run take turns, one step each, so a machine that
@@ -55,6 +56,8 @@ class Args:
     """also measure the steps compiled by torch.compile (half a minute of compiling each)"""
     growth: bool = False
     """measure how the dynamics update grows with members, batch and width instead"""
+    profile: bool = False
+    """say also which operations take the time of every step, by torch.profiler"""
     evaluation: bool = True
     """measure 100 evaluation episodes of hopper"""
     peers: Path | None = None
@@ -249,6 +252,28 @@ def measure(works: list[Work], args: Args, device: torch.device) -> list[dict]:
     return rows
 
 
+def shares(step: Callable[[], object]) -> dict[str, float]:
+    """Which part of a step's time each operation takes (without those it calls), the largest first."""
+    for _ in range(5):
+        step()
+    with torch.profiler.profile() as profile:
+        for _ in range(20):
+            step()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return {name: time / sum(times.values()) for name, time in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def profiles(works: list[Work], args: Args) -> list[dict]:
+    """The same of every work, as rows of a table. On the CPU: on a GPU it would be the time to launch them."""
+    where, rows = f"CPU, {torch.get_num_threads()} threads", []
+    for work in works:
+        if args.only in work.name:
+            rows.append({"where": where, "work": work.name, "shares": shares(work.step)})
+            largest = [f"{name} {share:.1%}" for name, share in list(rows[-1]["shares"].items())[:8]]
+            print(f"{work.name}, {where}: {', '.join(largest)}", flush=True)
+    return rows
+
+
 def growth_works(args: Args, device: torch.device) -> list[Work]:
     members, batch, width = (2, 16, 8) if args.small else (10, 256, 256)
     grid = [(m, batch, width) for m in (1, 2, 5, 10, 20, 50, 100, 200)]
@@ -348,7 +373,7 @@ def keep_memory() -> None:
 
 
 def main(args: Args) -> None:
-    rows = []
+    rows, parts = [], []
     keep_memory()
     make = growth_works if args.growth else our_works
     cpu = torch.device("cpu")
@@ -359,6 +384,7 @@ def main(args: Args) -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         rows += measure(works, args, cpu)
+        parts += profiles(works, args) if args.profile else []
     if torch.cuda.is_available():
         rows += measure(make(args, torch.device("cuda")), args, torch.device("cuda"))
     else:
@@ -366,7 +392,7 @@ def main(args: Args) -> None:
     if not args.growth:
         rows += jax_rows(args) + (evaluation(args) if args.evaluation else [])
     machine = {"cpu": processor(), "platform": platform.platform(), "torch": torch.__version__}
-    content = {"command": " ".join(sys.argv), "machine": machine, "rows": rows}
+    content = {"command": " ".join(sys.argv), "machine": machine, "rows": rows, "profiles": parts}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
     args.output.with_suffix(".md").write_text(table(rows))

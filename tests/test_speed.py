@@ -293,7 +293,7 @@ def test_the_floor_counts_the_products_of_the_step(name):
 
 def test_benchmark_runs(tmp_path):
     command = [sys.executable, "benchmark/speed.py", "--small", "--rounds", "3", "--threads", "1", "--only", "IQL"]
-    command += ["--peers", str(tmp_path), "--output", str(tmp_path / "out" / "speed")]
+    command += ["--profile", "--peers", str(tmp_path), "--output", str(tmp_path / "out" / "speed")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "CORL: no checkout" in done.stdout and "JAX implementations not measured" in done.stdout
@@ -301,6 +301,10 @@ def test_benchmark_runs(tmp_path):
     works = {row["work"]: row for row in content["rows"]}
     assert works["IQL"]["ratio"] > 0 and works["IQL"]["ms_10%"] <= works["IQL"]["ms"] <= works["IQL"]["ms_90%"]
     assert works["4 hopper episodes, evaluate"]["speedup"] > 0
+    (part,) = content["profiles"]
+    assert (
+        part["work"] == "IQL" and sum(part["shares"].values()) == pytest.approx(1) and part["shares"]["aten::bmm"] > 0
+    )
     table = (tmp_path / "out" / "speed.md").read_text()
     assert table.count("\n|") == len(content["rows"]) + 1 + (not torch.cuda.is_available())
     assert ("not measured" in table) == (not torch.cuda.is_available())
