@@ -868,7 +868,7 @@ class IQL(nn.Module):
         self.size += 1
 
     def draw(self) -> None:
-        """The rows of the next update. Apart from it, for a compiled or captured update does not see the data grow."""
+        """Choose the rows of the next update; not within it, where a captured step would replay the `size` it saw."""
         self.rows.random_(self.size)
 
     def update(self) -> torch.Tensor:

@@ -61,7 +61,7 @@ TINY = {
     ),
     "iql": dict(
         cuda=False, num_threads=1, dataset_episodes=100, eval_episodes=20, final_episodes=30, eval_every=20,
-        iterations=80, batch_size=32, hidden=8,
+        iterations=80, batch_size=32, hidden=8, normalize_observations=True,
     ),
 }  # fmt: skip
 TINY["iql, fine-tuning"] = TINY["iql"] | dict(iterations=40, online_steps=60)

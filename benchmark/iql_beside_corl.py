@@ -6,10 +6,10 @@
 CORL's `algorithms/offline/iql.py` runs as it is, with its own configuration file. It imports gym, d4rl, wandb and
 pyrallis, which need an old Python; stand-ins take their places: Gymnasium's environment under gym's old interface, the
 data set under `qlearning_dataset`'s rules (facts that D4RL documents), a logger that keeps the learning curve.
-Ours runs with the official code's settings, and once more with what CORL's configuration files differ in most.
-What has a result is not run again; a run of ours that was stopped goes on. Curves go to
-docs/results/iql_beside_corl_<env-id>.csv, the table to .md, the figure to docs/figures/iql_beside_corl.png (one panel
-for each data set that has a CSV).
+Ours runs with the official code's settings, and once more with --normalize-observations, as CORL's files have it.
+What has a result is not run again; a run of ours that was stopped goes on, if iql.py is still the version that began
+it. Curves go to docs/results/iql_beside_corl_<env-id>.csv, the table to .md, the figure to
+docs/figures/iql_beside_corl.png (one panel for each data set that has a CSV).
 """
 
 import csv
@@ -31,7 +31,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runner import Job, execute, interval, read_csv  # noqa: E402
+from runner import Job, UserError, execute, interval, read_csv  # noqa: E402
 
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
@@ -183,7 +183,7 @@ def run_ours(job: Job) -> dict:
     """Its learning curve and final score; what was stopped goes on."""
     log = job.folder / "log.txt"
     if job.state() != "done" and execute(job.command(), str(ROOT), str(log)):
-        sys.exit(f"error: iql.py failed: {log} says why")
+        raise UserError(f"iql.py failed: {log} says why")
     result = job.result()
     rows = read_csv(job.finished() / "metrics.csv")
     curve = [(int(float(row["iteration"])), float(row["eval/score"])) for row in rows]
@@ -203,7 +203,7 @@ def run_one(args: Args, who: str, seed: int) -> dict:
             command = [sys.executable, __file__, "--corl", str(args.corl.resolve()), "--env-id", args.env_id]
             command += ["--updates", str(args.updates), "--only", f"{seed} {path}"]
             if execute(command, str(ROOT), str(folder / "log.txt")):
-                sys.exit(f"error: CORL's run failed: {folder / 'log.txt'} says why")
+                raise UserError(f"CORL's run failed: {folder / 'log.txt'} says why")
         result = json.loads(path.read_text())
     print(f"{time.strftime('%H:%M:%S')} {args.env_id}, {who}, seed {seed}: {result['final']:.1f}", flush=True)
     return result
@@ -217,7 +217,7 @@ def figure(results: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     files = sorted(results.glob("iql_beside_corl_*.csv"))
-    fig, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4), squeeze=False)
+    fig, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4.4), squeeze=False, layout="constrained")
     for ax, file in zip(axes[0], files, strict=True):
         rows = read_csv(file)
         for who, colour in WHO.items():
@@ -233,18 +233,12 @@ def figure(results: Path, path: Path) -> None:
             ax.plot(stack[0, :, 0], stack[:, :, 1].mean(0), color=colour, lw=2, label=f"{who}, {len(curves)} seeds")
         name = file.stem.removeprefix("iql_beside_corl_")
         ax.set(title=f"{name} ({rows[0]['data']})", xlabel="updates", ylabel="score")
-        ax.legend()
-    fig.tight_layout()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WHO))
     fig.savefig(path, dpi=110)
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    if args.only:
-        seed, path = args.only.split(" ", 1)
-        return run_corl(args, int(seed), Path(path))
-    if not (args.corl / "algorithms/offline/iql.py").exists():
-        sys.exit(f"error: {args.corl} is no checkout of CORL: it has no algorithms/offline/iql.py")
+def compare(args: Args) -> None:
+    """Run what has not been run, and write table, curves and figure. Raises UserError."""
     plan = [(who, seed) for seed in args.seeds for who in WHO]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(plan, pool.map(lambda cell: run_one(args, *cell), plan), strict=True))
@@ -279,5 +273,18 @@ def main() -> None:
     print("\n".join(lines))
 
 
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.only:
+        seed, path = args.only.split(" ", 1)
+        return run_corl(args, int(seed), Path(path))
+    if not (args.corl / "algorithms/offline/iql.py").exists():
+        raise UserError(f"{args.corl} is no checkout of CORL: it has no algorithms/offline/iql.py")
+    compare(args)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

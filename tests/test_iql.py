@@ -183,6 +183,16 @@ def test_normalised_observations_have_no_unit():
         assert bool(standard) == flag and (net.std[3:] == 1).all() and (net.mean[3:] == 0).all()
 
 
+def test_a_constant_observation_is_not_divided_by_its_spread():
+    data = toy_data()
+    data["observations"][:, 1] = 5.0  # as ant's contact forces, all 0
+    args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", hidden=16, normalize_observations=True))
+    agent = iql.IQL(args, data)
+    for net in (agent.value.net, agent.actor.net, agent.critic.net, agent.target_critic.net):
+        assert net.mean[1] == 5 and net.std[1] == 1
+    assert update(agent).isfinite().all()
+
+
 def test_actions_are_kept_off_the_bounds():
     data = toy_data()
     data["actions"][0] = torch.tensor([1.0, -1.0])

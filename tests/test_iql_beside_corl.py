@@ -1,7 +1,5 @@
 """benchmark/iql_beside_corl.py with a stand-in for CORL's checkout: a random policy that uses all that CORL uses."""
 
-import csv
-import os
 import subprocess
 import sys
 import time
@@ -83,63 +81,37 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def command(checkout, *words):
-    program = [sys.executable, ROOT / "benchmark/iql_beside_corl.py", "--corl", checkout / "CORL", "--updates", "30"]
-    where = ["--runs-dir", checkout / "runs", "--docs-dir", checkout / "docs"]
-    return [str(word) for word in (*program, *where, *words)]
-
-
-def environment(checkout):
-    return os.environ | {"D4RL_DATASET_DIR": str(checkout)}
-
-
-def test_both_sides_run_and_are_reported(checkout):
-    done = subprocess.run(
-        command(checkout, "--seeds", "1", "2"), env=environment(checkout), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    with open(checkout / "docs/results/iql_beside_corl_hopper-medium-v2.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    kinds = {"CORL", "ours", "ours, normalised observations"}
-    assert {(r["who"], r["seed"], r["update"]) for r in rows} == {
-        (who, seed, update) for who in kinds for seed in "12" for update in ("30", "final")
-    }
-    assert {row["data"] for row in rows} == {"not D4RL's file"}
-    finals = {(row["who"], row["seed"]): float(row["score"]) for row in rows if row["update"] == "final"}
-    assert all(-1 < score < 10 for score in finals.values()) and len(set(finals.values())) == 6
-    table = (checkout / "docs/results/iql_beside_corl_hopper-medium-v2.md").read_text()
-    for who in kinds:
-        (line,) = [line for line in table.splitlines() if line.startswith(f"| {who} |")]
-        one, two = finals[who, "1"], finals[who, "2"]
-        half = 12.706 * abs(one - two) / 2  # Student's t of two values
-        assert f"{(one + two) / 2:.1f} ± " in line and float(line.split("± ")[1].split(" ")[0]) == pytest.approx(
-            half, abs=0.2
-        )
-    assert (checkout / "docs/figures/iql_beside_corl.png").stat().st_size > 5000
-    # What has a result is not run again
-    results = sorted((checkout / "runs").rglob("result.json"))
-    times = [path.stat().st_mtime_ns for path in results]
-    again = subprocess.run(
-        command(checkout, "--seeds", "1", "2"), env=environment(checkout), capture_output=True, text=True
-    )
-    assert again.returncode == 0 and [path.stat().st_mtime_ns for path in results] == times and len(results) == 6
-
-
-def test_a_failure_says_where_to_look(checkout, monkeypatch):
+@pytest.fixture
+def args(checkout, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(checkout))
-    (checkout / "CORL/algorithms/offline/iql.py").write_text("raise RuntimeError('no such thing')")
-    args = iql_beside_corl.Args(corl=checkout / "CORL", updates=30, runs_dir=checkout / "runs")
-    log = checkout / "runs/hopper-medium-v2_30/CORL_1/log.txt"
-    with pytest.raises(SystemExit, match=f"error: CORL's run failed: {log} says why"):
+    return iql_beside_corl.Args(
+        corl=checkout / "CORL", updates=30, seeds=(1, 2), runs_dir=checkout / "runs", docs_dir=checkout / "docs"
+    )
+
+
+def test_corl_runs_with_its_own_settings(args):
+    result = iql_beside_corl.run_one(args, "CORL", 1)
+    ((update, score),) = result["curve"]
+    assert update == 30 and -1 < score < 10 and -1 < result["final"] < 10 and result["config"]["seed"] == 1
+    path = args.runs_dir / "hopper-medium-v2_30/CORL_1/result.json"
+    before = path.stat().st_mtime_ns
+    assert iql_beside_corl.run_one(args, "CORL", 1)["final"] == result["final"]
+    assert path.stat().st_mtime_ns == before  # what has a result is not run again
+
+
+def test_a_failure_says_where_to_look(args):
+    (args.corl / "algorithms/offline/iql.py").write_text("raise RuntimeError('no such thing')")
+    log = args.runs_dir / "hopper-medium-v2_30/CORL_1/log.txt"
+    with pytest.raises(iql_beside_corl.UserError, match=f"CORL's run failed: {log} says why"):
         iql_beside_corl.run_one(args, "CORL", 1)
     assert "no such thing" in log.read_text() and not log.with_name("result.json").exists()
 
 
-def test_a_run_of_ours_that_was_stopped_goes_on(checkout, monkeypatch):
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(checkout))
-    args = iql_beside_corl.Args(corl=checkout / "CORL", updates=300, runs_dir=checkout / "runs")
-    folder = checkout / "runs/hopper-medium-v2_300/ours_1"
-    job = iql_beside_corl.our_job(args, "ours", 1, folder)
+def test_a_run_of_ours_that_was_stopped_goes_on(args):
+    args.updates = 300
+    folder = args.runs_dir / "hopper-medium-v2_300/ours_normalised_observations_1"
+    job = iql_beside_corl.our_job(args, "ours, normalised observations", 1, folder)
+    assert "--normalize-observations" in job.command()
     running = subprocess.Popen(job.command(), cwd=ROOT)
     while running.poll() is None and not list(folder.glob("*/checkpoint.pt")):
         time.sleep(0.05)
@@ -147,5 +119,27 @@ def test_a_run_of_ours_that_was_stopped_goes_on(checkout, monkeypatch):
     running.wait()
     (run,) = folder.glob("*/")
     assert not (run / "result.json").exists()
-    result = iql_beside_corl.run_one(args, "ours", 1)
+    result = iql_beside_corl.run_one(args, "ours, normalised observations", 1)
     assert job.finished() == run and [update for update, _ in result["curve"]] == [300] and np.isfinite(result["final"])
+
+
+def test_table_curves_and_figure(args, monkeypatch):
+    def run_one(args, who, seed):
+        level = 10.0 * (1 + list(iql_beside_corl.WHO).index(who))
+        return {"curve": [(10, 1.0), (20, level), (30, level + seed)], "final": level - seed, "data_sha256": "same"}
+
+    monkeypatch.setattr(iql_beside_corl, "run_one", run_one)
+    iql_beside_corl.compare(args)
+    rows = iql_beside_corl.read_csv(args.docs_dir / "results/iql_beside_corl_hopper-medium-v2.csv")
+    assert len(rows) == 3 * 2 * 4 and {row["data"] for row in rows} == {"not D4RL's file"}
+    assert {row["score"] for row in rows if (row["who"], row["seed"]) == ("ours", "2")} == {
+        "1.00",
+        "20.00",
+        "22.00",
+        "18.00",
+    }
+    table = (args.docs_dir / "results/iql_beside_corl_hopper-medium-v2.md").read_text()
+    # Two seeds, 19 and 18: the half-width of the interval is Student's t times half their difference
+    assert f"| ours | 18.5 ± {12.706 / 2:.1f} | 19.0, 18.0 | " in table
+    assert "| CORL | 8.5 ± " in table and "| ours, normalised observations | 28.5 ± " in table
+    assert (args.docs_dir / "figures/iql_beside_corl.png").stat().st_size > 5000

@@ -478,6 +478,8 @@ def random_file(script, obs_dim=3, act_dim=2, domain="hopper", seed=0):
     actor = script.Actor(obs_dim, act_dim, 8)
     if script is iql:
         actor.log_std.data.uniform_(-7, 1)
+        actor.net.mean.uniform_(-1, 1)  # as --normalize-observations leaves it
+        actor.net.std.uniform_(0.5, 2)
     else:
         actor.obs_mean.uniform_(-1, 1)
     return script.actor_file(actor, script.Args(env_id=f"{domain}-medium-v2"), domain, data), actor
