@@ -254,7 +254,7 @@ def measure(works: list[Work], args: Args, device: torch.device) -> list[dict]:
 
 
 class Stopwatch(TorchDispatchMode):
-    """Adds up the time that each operation takes, in ms; what Python and the dispatcher take is in none of them.
+    """Adds up the time that each operation takes, in ms, most of what Python and the dispatcher take left out.
 
     torch.profiler would do, but with it the products of an IQL update took 1.4 times as long.
     """
