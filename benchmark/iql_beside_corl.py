@@ -31,7 +31,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runner import Job, UserError, execute, interval, read_csv  # noqa: E402
+from runner import Job, UserError, execute, interval, read_csv, require  # noqa: E402
 
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
@@ -231,8 +231,8 @@ def figure(results: Path, path: Path) -> None:
                 continue
             stack = np.array(list(curves.values()))  # (seeds, evaluations, 2)
             ax.plot(stack[0, :, 0], stack[:, :, 1].mean(0), color=colour, lw=2, label=f"{who}, {len(curves)} seeds")
-        name = file.stem.removeprefix("iql_beside_corl_")
-        ax.set(title=f"{name} ({rows[0]['data']})", xlabel="updates", ylabel="score")
+        name = iql.figure_name(file.stem.removeprefix("iql_beside_corl_"), rows[0]["data"])
+        ax.set(title=name, xlabel="updates", ylabel="score")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WHO))
     fig.savefig(path, dpi=110)
 
@@ -242,7 +242,10 @@ def compare(args: Args) -> None:
     plan = [(who, seed) for seed in args.seeds for who in WHO]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(plan, pool.map(lambda cell: run_one(args, *cell), plan), strict=True))
-    assert len({result["data_sha256"] for result in found.values()}) == 1, "the runs saw different data"
+    same = len({result["data_sha256"] for result in found.values()}) == 1
+    require(
+        same, f"the runs in {args.runs_dir} saw different data: choose another --runs-dir, or delete the older ones"
+    )
     results, figures = (ROOT / args.docs_dir / name for name in ("results", "figures"))
     for folder in (results, figures):
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,8 +281,8 @@ def main() -> None:
     if args.only:
         seed, path = args.only.split(" ", 1)
         return run_corl(args, int(seed), Path(path))
-    if not (args.corl / "algorithms/offline/iql.py").exists():
-        raise UserError(f"{args.corl} is no checkout of CORL: it has no algorithms/offline/iql.py")
+    there = (args.corl / "algorithms/offline/iql.py").exists()
+    require(there, f"{args.corl} is no checkout of CORL: it has no algorithms/offline/iql.py")
     compare(args)
 
 

@@ -143,3 +143,10 @@ def test_table_curves_and_figure(args, monkeypatch):
     assert f"| ours | 18.5 ± {12.706 / 2:.1f} | 19.0, 18.0 | " in table
     assert "| CORL | 8.5 ± " in table and "| ours, normalised observations | 28.5 ± " in table
     assert (args.docs_dir / "figures/iql_beside_corl.png").stat().st_size > 5000
+
+
+def test_runs_on_different_data_are_not_compared(args, monkeypatch):
+    result = {"curve": [(30, 1.0)], "final": 1.0}
+    monkeypatch.setattr(iql_beside_corl, "run_one", lambda args, who, seed: result | {"data_sha256": who})
+    with pytest.raises(iql_beside_corl.UserError, match="saw different data"):
+        iql_beside_corl.compare(args)
