@@ -211,6 +211,8 @@ class Args:
     """CPU threads for PyTorch (0: PyTorch's own choice)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training steps; auto: on a CPU with a C++ compiler, of loops of 50,000 updates or more"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of products between hidden layers; bfloat16 halves their time where the processor has it (docs/performance.md)"""
     quick: bool = False
     """a CPU-sized setting: 50,000 updates, and 50 episodes at the end"""
     track: bool = False
@@ -571,12 +573,27 @@ def figure_name(name: str, source: str) -> str:
 # --- Networks: every one is a stack evaluated as one batched matrix product ---
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """x @ weight, factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
+    return torch.bmm(x.to(precision), weight.to(precision)).to(x.dtype)
+
+
+def set_precision(learner: nn.Module, precision: str) -> None:
+    """Let all networks of `learner` multiply between hidden layers in `precision`, a name of a torch.dtype.
+
+    First and last layers stay as they are: they see states and say values, and cost little.
+    """
+    for net in learner.modules():
+        if isinstance(net, MLP):
+            net.precision = getattr(torch, precision)
+
+
 class MLP(nn.Module):
     """`size` independent multi-layer perceptrons of (x − mean) / std: (B, in) or (size, B, in) -> (size, B, out)."""
 
     def __init__(self, size: int, widths: list[int], activation=torch.relu_):
         super().__init__()
-        self.size, self.activation = size, activation
+        self.size, self.activation, self.precision = size, activation, torch.float32
         shapes = list(itertools.pairwise(widths))
         self.register_buffer("mean", torch.zeros(widths[0]))
         self.register_buffer("std", torch.ones(widths[0]))
@@ -591,7 +608,8 @@ class MLP(nn.Module):
             if i:
                 x = self.activation(x)
                 x = F.dropout(x, dropout) if dropout else x
-            x = torch.bmm(x, weight).add_(bias)
+            inner = 0 < i < len(self.weights) - 1
+            x = product(x, weight, self.precision if inner else x.dtype).add_(bias)
         return x
 
 
@@ -853,6 +871,7 @@ class IQL(nn.Module):
         self.target_critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
+        set_precision(self, args.precision)
         self.register_buffer("rows", torch.zeros(args.batch_size, dtype=torch.int64), persistent=False)
         self.to(data["rewards"].device)
         self.value_optimizer = Adam((self.value.parameters(), args.critic_lr))
@@ -1665,6 +1684,9 @@ def run(args: Args) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no GPU found: running on the CPU")
+    instructions = [torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")]
+    if args.precision == "bfloat16" and device.type == "cpu" and not any(instructions):
+        print("this processor cannot multiply bfloat16: slower than --precision float32")
     bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5, disable=None)
 
     # Data

@@ -156,6 +156,8 @@ class Args:
     """CPU threads for PyTorch (0: PyTorch's own choice, all cores; more than one only slow small networks down)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training steps; auto: on a CPU with a C++ compiler, of loops of 50,000 updates or more"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of products between hidden layers; bfloat16 halves their time where the processor has it (docs/performance.md)"""
     quick: bool = False
     """a CPU-sized setting for the MuJoCo tasks: smaller pool and networks, fewer epochs and iterations"""
     track: bool = False
@@ -566,12 +568,27 @@ def figure_name(name: str, source: str) -> str:
 # --- Networks: every one is a stack evaluated as one batched matrix product ---
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """x @ weight, factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
+    return torch.bmm(x.to(precision), weight.to(precision)).to(x.dtype)
+
+
+def set_precision(learner: nn.Module, precision: str) -> None:
+    """Let all networks of `learner` multiply between hidden layers in `precision`, a name of a torch.dtype.
+
+    First and last layers stay as they are: they see states and say values, and cost little.
+    """
+    for net in learner.modules():
+        if isinstance(net, MLP):
+            net.precision = getattr(torch, precision)
+
+
 class MLP(nn.Module):
     """`size` independent multi-layer perceptrons: (B, in) or (size, B, in) -> (size, B, out)."""
 
     def __init__(self, size: int, widths: list[int], activation=torch.relu_):
         super().__init__()
-        self.size, self.activation = size, activation
+        self.size, self.activation, self.precision = size, activation, torch.float32
         bounds = [fan_in**-0.5 for fan_in in widths[:-1]]  # PyTorch's default for nn.Linear
         shapes = list(itertools.pairwise(widths))
         self.weights = nn.ParameterList(
@@ -584,7 +601,8 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.expand(self.size, *x.shape[-2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.bmm(self.activation(x) if i else x, weight).add_(bias)
+            inner = 0 < i < len(self.weights) - 1
+            x = product(self.activation(x) if i else x, weight, self.precision if inner else x.dtype).add_(bias)
         return x
 
 
@@ -941,6 +959,7 @@ def train_dynamics(
     outputs = torch.cat([data["rewards"][:, None], change], -1)[known]  # (n, 1+obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
     pool = Dynamics(args.pool_size, obs_dim, act_dim, args.dynamics_hidden, args.dynamics_layers).to(device)
+    set_precision(pool, args.precision)
     for name, x in dict(input=inputs, output=outputs).items():
         std = x.std(0)
         getattr(pool, f"{name}_mean").copy_(x.mean(0))
@@ -1065,6 +1084,7 @@ class PSPO(nn.Module):
             net.obs_mean.copy_(obs.mean(0))
             net.obs_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
         self.active = Dynamics(args.active_models, obs_dim, act_dim, args.dynamics_hidden, args.dynamics_layers)
+        set_precision(self, args.precision)
         num_model_rows = args.batch_size // 2
         start = torch.randint(len(obs), (num_model_rows,))
         for name, value in dict(
@@ -1977,6 +1997,9 @@ def run(args: Args) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no GPU found: running on the CPU")
+    instructions = [torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")]
+    if args.precision == "bfloat16" and device.type == "cpu" and not any(instructions):
+        print("this processor cannot multiply bfloat16: slower than --precision float32")
     bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5, disable=None)
 
     # Data
