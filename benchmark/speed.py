@@ -1,7 +1,7 @@
 """How fast the scripts' training steps are: beside the matrix products they need, and beside other implementations.
 
     python benchmark/speed.py                                   # this machine: 1 and 2 CPU threads, and a GPU if any
-    python benchmark/speed.py --compile                         # the compiled steps, too
+    python benchmark/speed.py --compile --bfloat16              # the compiled steps, too, and those of --precision
     python benchmark/speed.py --peers DIR --jax-python PYTHON   # and CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL
     python benchmark/speed.py --growth                          # the dynamics update over members, batch and width
     python benchmark/speed.py --profile                         # what a step's time goes to, operation by operation
@@ -15,6 +15,7 @@ The table goes to <output>.md, the numbers, with the machine and the command, to
 """
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -25,7 +26,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,8 @@ class Args:
     """measure only works whose name contains this"""
     compile: bool = False
     """also measure the steps compiled by torch.compile (half a minute of compiling each)"""
+    bfloat16: bool = False
+    """also measure the steps with --precision bfloat16; their floor is that of float32"""
     growth: bool = False
     """measure how the dynamics update grows with members, batch and width instead"""
     profile: bool = False
@@ -86,9 +88,9 @@ class Work:
 
 def mlp(size: int, rows: int, widths: list[int], backward: str = "") -> list[Product]:
     """Products of a stack of MLPs on `rows` rows: forward, and "weights" or "inputs" (of all layers) backward."""
-    forward = [(size, rows, k, n) for k, n in pairwise(widths)]
-    weights = [(size, k, rows, n) for k, n in pairwise(widths)]
-    inputs = [(size, rows, n, k) for k, n in pairwise(widths)]
+    forward = [(size, rows, k, n) for k, n in itertools.pairwise(widths)]
+    weights = [(size, k, rows, n) for k, n in itertools.pairwise(widths)]
+    inputs = [(size, rows, n, k) for k, n in itertools.pairwise(widths)]
     return forward + {"": [], "weights": weights + inputs[1:], "inputs": inputs}[backward]
 
 
@@ -145,9 +147,12 @@ def pspo_work(name: str, device: torch.device, compiled: bool, **changes) -> Wor
     return Work(name, pspo.fast(learner.iterate, device, "on" if compiled else "off", 0), products)
 
 
-def dynamics_work(members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool) -> Work:
+def dynamics_work(
+    members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool, precision: str = "float32"
+) -> Work:
     """train_dynamics' inner step, written once more: it is a closure there."""
     pool, data = pspo.Dynamics(members, OBS, ACT, width, layers).to(device), random_rows(OBS, ACT, device)
+    pspo.set_precision(pool, precision)
     inputs = torch.cat([data["observations"], data["actions"]], -1)
     outputs = torch.cat([data["rewards"][:, None], data["next_observations"]], -1)
     optimizer = pspo.Adam((pool.parameters(), 1e-4), weight_decay=7.5e-5)
@@ -168,26 +173,28 @@ def dynamics_work(members: int, batch: int, width: int, layers: int, device: tor
 def our_works(args: Args, device: torch.device) -> list[Work]:
     works = []
     small = dict(hidden=8, batch_size=32) if args.small else {}
-    for compiled in (False, True) if args.compile else (False,):
-        end = ", compiled" if compiled else ""
-        iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", **small))
+    precisions = ("float32", "bfloat16") if args.bfloat16 else ("float32",)
+    for precision, compiled in itertools.product(precisions, (False, True) if args.compile else (False,)):
+        end = (", compiled" if compiled else "") + (", bfloat16" if precision == "bfloat16" else "")
+        iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", precision=precision, **small))
         learner = iql.IQL(iql_args, random_rows(OBS, ACT, device))
         update = iql.fast(learner.update, device, "on" if compiled else "off", 0)
         # the loop's variables are bound now, or every work would run the last one's
         works.append(Work(f"IQL{end}", lambda i=learner, u=update: (i.draw(), u()), iql_products(iql_args)))
         for members, width, layers in ((2, 8, 2),) if args.small else ((10, 200, 3), (100, 256, 4)):
-            work = dynamics_work(members, 256, width, layers, device, compiled)
+            work = dynamics_work(members, 256, width, layers, device, compiled, precision)
             work.name += end
             works.append(work)
         # The shapes of one update, whatever an option's default is at the moment: named in full
-        hopper = dict(env_id="hopper-medium-v2", pool_size=10, active_models=10, **small)
+        models = dict(pool_size=10, active_models=10, precision=precision, **small)
+        hopper = dict(env_id="hopper-medium-v2", **models)
         published = dict(dynamics_hidden=256, dynamics_layers=4, model_samples=10, action_samples=20)
         if args.small:
             published = dict(dynamics_hidden=8, dynamics_layers=2)
         works += [
             pspo_work(f"PSPO, hopper --quick{end}", device, compiled, quick=True, **hopper),
             pspo_work(f"PSPO, hopper, paper's setting{end}", device, compiled, **hopper | published),
-            pspo_work(f"PSPO, liquidation{end}", device, compiled, pool_size=10, active_models=10, **small),
+            pspo_work(f"PSPO, liquidation{end}", device, compiled, **models),
         ]
     return works
 
@@ -275,7 +282,7 @@ def profiles(works: list[Work], args: Args) -> list[dict]:
     """ms of every operation in a step, the largest first. On the CPU: on a GPU they only start when they return."""
     where, rows = f"CPU, {torch.get_num_threads()} threads", []
     for work in works:
-        if args.only not in work.name or work.name.endswith("compiled"):
+        if args.only not in work.name or ", compiled" in work.name:
             continue
         for _ in range(5):
             work.step()

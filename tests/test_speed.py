@@ -34,8 +34,9 @@ def iql_learner(**changes):
 
 def pspo_learner(env_id="hopper-medium-v2", **changes):
     small = dict(
-        pool_size=4, active_models=3, dynamics_hidden=16, hidden=16, batch_size=32, model_samples=2, action_samples=4
-    )
+        pool_size=4, active_models=3, dynamics_hidden=16, hidden=16, batch_size=32, model_samples=2, action_samples=4,
+        trust_region_every=3,
+    )  # fmt: skip
     args, domain = pspo.resolve(pspo.Args(env_id=env_id, **small | changes))
     dims = (3, 1) if domain == "liquidation" else (11, 3)
     torch.manual_seed(0)
@@ -47,10 +48,11 @@ def pspo_learner(env_id="hopper-medium-v2", **changes):
     return learner
 
 
-# Every path that --posterior, --evidence and --projection choose
+# Every path that --posterior, --evidence, --projection and --precision choose
 LEARNERS = {
     "iql": lambda: iql_learner(),
     "iql, dropout": lambda: iql_learner(dropout=0.1),
+    "iql, bfloat16": lambda: iql_learner(precision="bfloat16"),
     "pspo": lambda: pspo_learner(),
     "pspo, liquidation": lambda: pspo_learner("liquidation"),
     "pspo, uniform": lambda: pspo_learner(posterior="uniform", evidence_scale="mean"),
@@ -58,6 +60,7 @@ LEARNERS = {
     "pspo, likelihood": lambda: pspo_learner(evidence="likelihood"),
     "pspo, critic": lambda: pspo_learner(evidence="critic"),
     "pspo, no regularisation": lambda: pspo_learner(regularization=False),
+    "pspo, bfloat16": lambda: pspo_learner(precision="bfloat16"),
 }
 
 
@@ -156,6 +159,50 @@ def test_a_step_keeps_its_state_in_place(name):
     first, second = step(), step()
     assert tensors() == addresses and scalars() == plain
     assert first.data_ptr() != second.data_ptr() and not first.requires_grad
+
+
+@pytest.mark.parametrize("script", [pspo, iql])
+def test_bfloat16_is_between_hidden_layers_only(script):
+    """Against the rounding written out; a network with one hidden layer has nothing to round."""
+    torch.manual_seed(0)
+    x, one, two = torch.randn(7, 5), script.MLP(2, [5, 64, 3]), script.MLP(2, [5, 64, 64, 3])
+    nets = torch.nn.ModuleList([one, two])
+    with torch.no_grad():
+        exact_one, exact_two = one(x), two(x)
+        script.set_precision(nets, "bfloat16")
+        assert torch.equal(one(x), exact_one) and not torch.equal(two(x), exact_two)
+        hidden = (x @ two.weights[0] + two.biases[0]).relu()
+        factors = [t.bfloat16().double() for t in (hidden, two.weights[1])]
+        hidden = ((factors[0] @ factors[1]).bfloat16() + two.biases[1]).relu()
+        rounding = 2 * 2**-8 * hidden.abs() @ two.weights[2].abs()  # the sum may round to a neighbour
+        assert ((two(x) - hidden @ two.weights[2] - two.biases[2]).abs() <= rounding + 1e-5).all()
+        assert (two(x) - exact_two).norm() < 0.01 * exact_two.norm()
+        script.set_precision(nets, "float32")
+        assert torch.equal(two(x), exact_two)
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        script.set_precision(nets, precision)
+        gradients.append(torch.autograd.grad(two(x).square().sum(), list(two.parameters())))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("script", [pspo, iql])
+def test_precision_of_a_run(script, tmp_path, monkeypatch, capsys):
+    """The flag reaches every network that is trained, and a processor without bfloat16 is named."""
+    nets, small = [], dict(iterations=2, eval_every=2, eval_episodes=2, final_episodes=2, dataset_episodes=100)
+    if script is pspo:
+        small |= dict(dynamics_epochs=1, bc_updates=2)
+    forward = script.MLP.forward
+    monkeypatch.setattr(script.MLP, "forward", lambda net, *args: nets.append(net) or forward(net, *args))
+    monkeypatch.setattr(script, "plot", lambda *_, **__: None)
+    for precision, capable in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"amx_bf16": capable})
+        nets.clear()
+        script.run(script.Args(cuda=False, num_threads=1, precision=precision, runs_dir=str(tmp_path), **small))
+        assert {net.precision for net in nets} == {getattr(torch, precision)}
+        slow = "slower than --precision float32" in capsys.readouterr().out
+        assert slow == (precision == "bfloat16" and not capable)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
@@ -295,7 +342,7 @@ def test_the_floor_counts_the_products_of_the_step(name):
 
 def test_benchmark_runs(tmp_path):
     command = [sys.executable, "benchmark/speed.py", "--small", "--rounds", "3", "--threads", "1", "--only", "IQL"]
-    command += ["--profile", "--peers", str(tmp_path), "--output", str(tmp_path / "out" / "speed")]
+    command += ["--profile", "--bfloat16", "--peers", str(tmp_path), "--output", str(tmp_path / "out" / "speed")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "CORL: no checkout" in done.stdout and "JAX implementations not measured" in done.stdout
@@ -303,7 +350,8 @@ def test_benchmark_runs(tmp_path):
     works = {row["work"]: row for row in content["rows"]}
     assert works["IQL"]["ratio"] > 0 and works["IQL"]["ms_10%"] <= works["IQL"]["ms"] <= works["IQL"]["ms_90%"]
     assert works["4 hopper episodes, evaluate"]["speedup"] > 0
-    (part,) = content["profiles"]
+    assert works["IQL, bfloat16"]["mflop"] == works["IQL"]["mflop"]
+    part, _ = content["profiles"]
     assert (
         part["work"] == "IQL" and part["ms"]["bmm"] > 0 and next(iter(part["ms"].values())) == max(part["ms"].values())
     )

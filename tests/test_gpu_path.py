@@ -1,0 +1,129 @@
+"""The GPU code of the scripts, on a GPU that is only pretended (pretend_gpu.py): it needs none, and replaces none."""
+
+import contextlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+from pretend_gpu import GPU, Graph, captured, pretended_gpu
+from test_speed import LEARNERS, step_of
+
+import iql
+import pspo
+import steer_poe
+
+STEPS = 9  # three to warm up, one recorded, five replayed
+
+
+def steps_on_the_gpu(name, wrap):
+    """What the steps of a learner return, and its state at the end; rates, data and models change in between."""
+    learner = LEARNERS[name]()
+    data = {key: value[:512].to(GPU) for key, value in learner.data.items()}
+    torch.manual_seed(0)
+    learner = type(learner)(learner.args, data, 100 if name.startswith("iql") else "hopper")
+    step, rows = step_of(learner, wrap), []
+    dims = data["observations"].shape[1], data["actions"].shape[1]
+    pool = pspo.Dynamics(4, *dims, 16, learner.args.dynamics_layers).to(GPU) if name.startswith("pspo") else None
+    for i in range(STEPS):
+        for optimizer in vars(learner).values():
+            if type(optimizer).__name__ == "Adam":
+                optimizer.rates[0].fill_(1e-3 / (1 + i))
+        if pool is None:  # as online
+            learner.add(torch.full((11,), 9.0), torch.zeros(3), 9.0, torch.full((11,), 9.0), False)
+        elif i in (1, 6):
+            learner.redraw(pool)
+        rows.append(step())
+    state = [*rows, *learner.state_dict().values()]
+    assert all(x.device == GPU for x in state)
+    return [x.cpu() for x in state]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_captured_equals_eager(name, monkeypatch):
+    with pretended_gpu(monkeypatch):
+        eager, replayed = (steps_on_the_gpu(name, wrap) for wrap in (lambda step: step, iql.Captured))
+    assert not torch.equal(eager[STEPS - 2], eager[STEPS - 1])
+    assert all(torch.equal(x, y) for x, y in zip(eager, replayed, strict=True))
+
+
+def test_a_replayed_step_sees_no_python():
+    """What the pretended graph is for: state in Python, or in a tensor that is replaced, stays as it was recorded."""
+    x, kept = torch.zeros(2), {"count": 0, "replaced": torch.zeros(2)}
+
+    def step():
+        kept["count"] += 1
+        kept["replaced"] = kept["replaced"] + 1
+        return torch.cat([x.add_(1), kept["replaced"], torch.tensor([kept["count"] * 1.0])])
+
+    graph = Graph()
+    with captured(graph):
+        result = step()
+    assert x.tolist() == [0, 0]  # recording computes nothing
+    for i in (1, 2, 3):
+        graph.replay()
+        assert result.tolist() == [i, i, 1, 1, 1]
+    with pytest.raises(AssertionError, match="may not wait"), captured(Graph()):
+        x.sum().item()
+
+
+def test_tensors_of_two_devices_do_not_meet(monkeypatch):
+    with pretended_gpu(monkeypatch):
+        x, y = torch.zeros(3, device="cuda"), torch.zeros(3)
+        assert x.device == GPU and (x + 1)[1:].device == GPU and y.device.type == x.cpu().device.type == "cpu"
+        assert (x + torch.tensor(1.0)).device == GPU and x.to("cpu") is not x and y.to(x).device == GPU
+        assert torch.nn.Linear(3, 3).to(GPU).weight.device == GPU
+        for mix in (lambda: x + y, lambda: torch.stack([x[0], y[0]]), lambda: x.add_(y), lambda: x.where(x > 0, y)):
+            with pytest.raises(AssertionError, match="same device"):
+                mix()
+        with pytest.raises(AssertionError, match="numpy"):
+            x.numpy()
+
+
+PSPO = dict(
+    dataset_episodes=200, eval_episodes=20, final_episodes=50, eval_every=10, pool_size=4, active_models=3,
+    redraw_every=8, dynamics_hidden=16, dynamics_layers=1, dynamics_epochs=1, dynamics_batch=256, evidence_rows=16,
+    iterations=30, batch_size=32, hidden=16, model_samples=2, action_samples=4, bc_updates=20,
+)  # fmt: skip
+IQL = dict(
+    dataset_episodes=200, eval_episodes=20, final_episodes=50, eval_every=20, iterations=20, online_steps=20, hidden=8,
+    batch_size=16,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script, settings", [(pspo, PSPO), (iql, IQL)], ids=["pspo", "iql"])
+def test_a_run_and_its_resumption(script, settings, tmp_path, monkeypatch):
+    """From the data to the result, as on the CPU to the last bit; stopped within every phase and resumed as well."""
+    whole = script.run(script.Args(cuda=False, num_threads=1, runs_dir=str(tmp_path / "cpu"), **settings))
+    add, count = script.Guard.add, iter(range(1000))
+
+    def stopping(guard, step, row):
+        add(guard, step, row)
+        if next(count) in (3, 10, 13, 23, 34):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pretended_gpu(monkeypatch):
+        monkeypatch.setattr(script.Guard, "add", stopping)
+        with contextlib.suppress(SystemExit):
+            script.run(script.Args(num_threads=1, runs_dir=str(tmp_path / "gpu"), **settings))
+        (folder,) = (tmp_path / "gpu").iterdir()
+        stops = 1
+        while not (folder / "result.json").exists():
+            with contextlib.suppress(SystemExit):
+                script.run(script.Args(resume=str(folder)))
+            stops += 1
+    assert stops > 3
+    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    one, two = (json.loads((f / "result.json").read_text()) for f in (whole, folder))
+    assert one["return"] == two["return"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_steering(tmp_path, monkeypatch):
+    small = dict(dataset_episodes=200, updates=60, hidden=16, batch_size=64, episodes=12)
+    cpu = steer_poe.run(steer_poe.Args(cuda=False, runs_dir=str(tmp_path / "cpu"), **small))
+    with pretended_gpu(monkeypatch):
+        gpu = steer_poe.run(steer_poe.Args(runs_dir=str(tmp_path / "gpu"), **small))
+    assert (gpu / "cells.csv").read_bytes() == (cpu / "cells.csv").read_bytes()
