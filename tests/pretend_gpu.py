@@ -8,6 +8,7 @@ left out. What it does not show: kernels that behave otherwise, memory, speed.
 import contextlib
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,21 +148,21 @@ def captured(graph: Graph):
 
 
 @contextlib.contextmanager
-def pretended_gpu(monkeypatch):
+def pretended_gpu():
     """torch.cuda as the scripts use it; tensors made inside say where they are."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(
+    stream, load = SimpleNamespace(wait_stream=lambda other: None), torch.load
+    stand_ins = dict(
         is_available=lambda: True, is_initialized=lambda: True, get_device_name=lambda device=None: "a pretended GPU",
         CUDAGraph=Graph, graph=captured, Stream=lambda: stream, current_stream=lambda: stream,
-        stream=lambda s: contextlib.nullcontext(), synchronize=lambda: None, manual_seed_all=lambda seed: None,
+        stream=lambda s: contextlib.nullcontext(), manual_seed_all=lambda seed: None,
         get_rng_state=lambda: torch.ones(16, dtype=torch.uint8), set_rng_state=lambda state: None,
-    ).items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    load = torch.load
+    )  # fmt: skip
 
     def load_to(file, map_location="cpu", **kwargs):
         return place(load(file, map_location="cpu", **kwargs), is_gpu(map_location))
 
-    monkeypatch.setattr(torch, "load", load_to)
-    with Device():
+    with pytest.MonkeyPatch.context() as patch, Device():
+        for name, value in stand_ins.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch, "load", load_to)
         yield

@@ -41,8 +41,8 @@ def steps_on_the_gpu(name, wrap):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_captured_equals_eager(name, monkeypatch):
-    with pretended_gpu(monkeypatch):
+def test_captured_equals_eager(name):
+    with pretended_gpu():
         eager, replayed = (steps_on_the_gpu(name, wrap) for wrap in (lambda step: step, iql.Captured))
     assert not torch.equal(eager[STEPS - 2], eager[STEPS - 1])
     assert all(torch.equal(x, y) for x, y in zip(eager, replayed, strict=True))
@@ -68,8 +68,8 @@ def test_a_replayed_step_sees_no_python():
         x.sum().item()
 
 
-def test_tensors_of_two_devices_do_not_meet(monkeypatch):
-    with pretended_gpu(monkeypatch):
+def test_tensors_of_two_devices_do_not_meet():
+    with pretended_gpu():
         x, y = torch.zeros(3, device="cuda"), torch.zeros(3)
         assert x.device == GPU and (x + 1)[1:].device == GPU and y.device.type == x.cpu().device.type == "cpu"
         assert (x + torch.tensor(1.0)).device == GPU and x.to("cpu") is not x and y.to(x).device == GPU
@@ -104,7 +104,7 @@ def test_a_run_and_its_resumption(script, settings, tmp_path, monkeypatch):
         if next(count) in (3, 10, 13, 23, 34):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pretended_gpu(monkeypatch):
+    with pretended_gpu():
         monkeypatch.setattr(script.Guard, "add", stopping)
         with contextlib.suppress(SystemExit):
             script.run(script.Args(num_threads=1, runs_dir=str(tmp_path / "gpu"), **settings))
@@ -121,9 +121,9 @@ def test_a_run_and_its_resumption(script, settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_steering(tmp_path, monkeypatch):
+def test_steering(tmp_path):
     small = dict(dataset_episodes=200, updates=60, hidden=16, batch_size=64, episodes=12)
     cpu = steer_poe.run(steer_poe.Args(cuda=False, runs_dir=str(tmp_path / "cpu"), **small))
-    with pretended_gpu(monkeypatch):
+    with pretended_gpu():
         gpu = steer_poe.run(steer_poe.Args(runs_dir=str(tmp_path / "gpu"), **small))
     assert (gpu / "cells.csv").read_bytes() == (cpu / "cells.csv").read_bytes()
