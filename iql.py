@@ -574,18 +574,8 @@ def figure_name(name: str, source: str) -> str:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
-    """x @ weight, factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
+    """x @ weight with factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
     return torch.bmm(x.to(precision), weight.to(precision)).to(x.dtype)
-
-
-def set_precision(learner: nn.Module, precision: str) -> None:
-    """Let all networks of `learner` multiply between hidden layers in `precision`, a name of a torch.dtype.
-
-    First and last layers stay as they are: they see states and say values, and cost little.
-    """
-    for net in learner.modules():
-        if isinstance(net, MLP):
-            net.precision = getattr(torch, precision)
 
 
 class MLP(nn.Module):
@@ -593,7 +583,8 @@ class MLP(nn.Module):
 
     def __init__(self, size: int, widths: list[int], activation=torch.relu_):
         super().__init__()
-        self.size, self.activation, self.precision = size, activation, torch.float32
+        self.size, self.activation = size, activation
+        self.precision = torch.float32  # of the products between hidden layers; the first and the last one cost little
         shapes = list(itertools.pairwise(widths))
         self.register_buffer("mean", torch.zeros(widths[0]))
         self.register_buffer("std", torch.ones(widths[0]))
@@ -871,7 +862,8 @@ class IQL(nn.Module):
         self.target_critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
-        set_precision(self, args.precision)
+        for net in (self.value, self.actor, self.critic, self.target_critic):
+            net.net.precision = getattr(torch, args.precision)
         self.register_buffer("rows", torch.zeros(args.batch_size, dtype=torch.int64), persistent=False)
         self.to(data["rewards"].device)
         self.value_optimizer = Adam((self.value.parameters(), args.critic_lr))
@@ -1686,7 +1678,7 @@ def run(args: Args) -> Path:
         print("no GPU found: running on the CPU")
     instructions = [torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")]
     if args.precision == "bfloat16" and device.type == "cpu" and not any(instructions):
-        print("this processor cannot multiply bfloat16: slower than --precision float32")
+        print("this processor cannot multiply bfloat16: slower than float32")
     bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5, disable=None)
 
     # Data

@@ -156,8 +156,6 @@ class Args:
     """CPU threads for PyTorch (0: PyTorch's own choice, all cores; more than one only slow small networks down)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training steps; auto: on a CPU with a C++ compiler, of loops of 50,000 updates or more"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of products between hidden layers; bfloat16 halves their time where the processor has it (docs/performance.md)"""
     quick: bool = False
     """a CPU-sized setting for the MuJoCo tasks: smaller pool and networks, fewer epochs and iterations"""
     track: bool = False
@@ -210,6 +208,8 @@ class Args:
     """batch size per model"""
     dynamics_lr: float | None = None
     """learning rate of the models (cosine to zero)"""
+    dynamics_precision: Literal["float32", "bfloat16"] = "float32"
+    """of products between hidden layers in training; bfloat16: half their time on processors that have it"""
     dynamics_patience: int | None = None
     """stop after this many epochs in which no model improved on held-out data (0: never)"""
 
@@ -569,18 +569,8 @@ def figure_name(name: str, source: str) -> str:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
-    """x @ weight, factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
+    """x @ weight with factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
     return torch.bmm(x.to(precision), weight.to(precision)).to(x.dtype)
-
-
-def set_precision(learner: nn.Module, precision: str) -> None:
-    """Let all networks of `learner` multiply between hidden layers in `precision`, a name of a torch.dtype.
-
-    First and last layers stay as they are: they see states and say values, and cost little.
-    """
-    for net in learner.modules():
-        if isinstance(net, MLP):
-            net.precision = getattr(torch, precision)
 
 
 class MLP(nn.Module):
@@ -588,7 +578,8 @@ class MLP(nn.Module):
 
     def __init__(self, size: int, widths: list[int], activation=torch.relu_):
         super().__init__()
-        self.size, self.activation, self.precision = size, activation, torch.float32
+        self.size, self.activation = size, activation
+        self.precision = torch.float32  # of the products between hidden layers; the first and the last one cost little
         bounds = [fan_in**-0.5 for fan_in in widths[:-1]]  # PyTorch's default for nn.Linear
         shapes = list(itertools.pairwise(widths))
         self.weights = nn.ParameterList(
@@ -959,7 +950,7 @@ def train_dynamics(
     outputs = torch.cat([data["rewards"][:, None], change], -1)[known]  # (n, 1+obs)
     obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
     pool = Dynamics(args.pool_size, obs_dim, act_dim, args.dynamics_hidden, args.dynamics_layers).to(device)
-    set_precision(pool, args.precision)
+    pool.net.precision = getattr(torch, args.dynamics_precision)
     for name, x in dict(input=inputs, output=outputs).items():
         std = x.std(0)
         getattr(pool, f"{name}_mean").copy_(x.mean(0))
@@ -1034,6 +1025,7 @@ def train_dynamics(
     guard.check()
     progress.close()
     pool.net.load_state_dict(best)
+    pool.net.precision = torch.float32  # as it is used
     with torch.no_grad():
         explained = explained_variance(pool, held_in, held_out)
     finite = bool(explained.isfinite().all() and best_error.isfinite().all())
@@ -1084,7 +1076,6 @@ class PSPO(nn.Module):
             net.obs_mean.copy_(obs.mean(0))
             net.obs_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
         self.active = Dynamics(args.active_models, obs_dim, act_dim, args.dynamics_hidden, args.dynamics_layers)
-        set_precision(self, args.precision)
         num_model_rows = args.batch_size // 2
         start = torch.randint(len(obs), (num_model_rows,))
         for name, value in dict(
@@ -1998,8 +1989,8 @@ def run(args: Args) -> Path:
     if args.cuda and device.type == "cpu":
         print("no GPU found: running on the CPU")
     instructions = [torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")]
-    if args.precision == "bfloat16" and device.type == "cpu" and not any(instructions):
-        print("this processor cannot multiply bfloat16: slower than --precision float32")
+    if args.dynamics_precision == "bfloat16" and device.type == "cpu" and not any(instructions):
+        print("this processor cannot multiply bfloat16: slower than float32")
     bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5, disable=None)
 
     # Data

@@ -1,7 +1,7 @@
 """How fast the scripts' training steps are: beside the matrix products they need, and beside other implementations.
 
     python benchmark/speed.py                                   # this machine: 1 and 2 CPU threads, and a GPU if any
-    python benchmark/speed.py --compile --bfloat16              # the compiled steps, too, and those of --precision
+    python benchmark/speed.py --compile --bfloat16              # the compiled steps, too, and in bfloat16
     python benchmark/speed.py --peers DIR --jax-python PYTHON   # and CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL
     python benchmark/speed.py --growth                          # the dynamics update over members, batch and width
     python benchmark/speed.py --profile                         # what a step's time goes to, operation by operation
@@ -56,7 +56,7 @@ class Args:
     compile: bool = False
     """also measure the steps compiled by torch.compile (half a minute of compiling each)"""
     bfloat16: bool = False
-    """also measure the steps with --precision bfloat16; their floor is that of float32"""
+    """also measure iql.py's --precision bfloat16, pspo.py's --dynamics-precision; their floor is that of float32"""
     growth: bool = False
     """measure how the dynamics update grows with members, batch and width instead"""
     profile: bool = False
@@ -152,7 +152,7 @@ def dynamics_work(
 ) -> Work:
     """train_dynamics' inner step, written once more: it is a closure there."""
     pool, data = pspo.Dynamics(members, OBS, ACT, width, layers).to(device), random_rows(OBS, ACT, device)
-    pspo.set_precision(pool, precision)
+    pool.net.precision = getattr(torch, precision)
     inputs = torch.cat([data["observations"], data["actions"]], -1)
     outputs = torch.cat([data["rewards"][:, None], data["next_observations"]], -1)
     optimizer = pspo.Adam((pool.parameters(), 1e-4), weight_decay=7.5e-5)
@@ -185,8 +185,10 @@ def our_works(args: Args, device: torch.device) -> list[Work]:
             work = dynamics_work(members, 256, width, layers, device, compiled, precision)
             work.name += end
             works.append(work)
+        if precision == "bfloat16":  # not of policy iteration
+            continue
         # The shapes of one update, whatever an option's default is at the moment: named in full
-        models = dict(pool_size=10, active_models=10, precision=precision, **small)
+        models = dict(pool_size=10, active_models=10, **small)
         hopper = dict(env_id="hopper-medium-v2", **models)
         published = dict(dynamics_hidden=256, dynamics_layers=4, model_samples=10, action_samples=20)
         if args.small:

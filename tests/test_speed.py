@@ -48,7 +48,7 @@ def pspo_learner(env_id="hopper-medium-v2", **changes):
     return learner
 
 
-# Every path that --posterior, --evidence, --projection and --precision choose
+# Every path that --posterior, --evidence, --precision and --projection choose
 LEARNERS = {
     "iql": lambda: iql_learner(),
     "iql, dropout": lambda: iql_learner(dropout=0.1),
@@ -60,7 +60,6 @@ LEARNERS = {
     "pspo, likelihood": lambda: pspo_learner(evidence="likelihood"),
     "pspo, critic": lambda: pspo_learner(evidence="critic"),
     "pspo, no regularisation": lambda: pspo_learner(regularization=False),
-    "pspo, bfloat16": lambda: pspo_learner(precision="bfloat16"),
 }
 
 
@@ -166,10 +165,9 @@ def test_bfloat16_is_between_hidden_layers_only(script):
     """Against the rounding written out; a network with one hidden layer has nothing to round."""
     torch.manual_seed(0)
     x, one, two = torch.randn(7, 5), script.MLP(2, [5, 64, 3]), script.MLP(2, [5, 64, 64, 3])
-    nets = torch.nn.ModuleList([one, two])
     with torch.no_grad():
         exact_one, exact_two = one(x), two(x)
-        script.set_precision(nets, "bfloat16")
+        one.precision = two.precision = torch.bfloat16
         assert torch.equal(one(x), exact_one) and not torch.equal(two(x), exact_two)
         hidden = (x @ two.weights[0] + two.biases[0]).relu()
         factors = [t.bfloat16().double() for t in (hidden, two.weights[1])]
@@ -177,11 +175,8 @@ def test_bfloat16_is_between_hidden_layers_only(script):
         rounding = 2 * 2**-8 * hidden.abs() @ two.weights[2].abs()  # the sum may round to a neighbour
         assert ((two(x) - hidden @ two.weights[2] - two.biases[2]).abs() <= rounding + 1e-5).all()
         assert (two(x) - exact_two).norm() < 0.01 * exact_two.norm()
-        script.set_precision(nets, "float32")
-        assert torch.equal(two(x), exact_two)
     gradients = []
-    for precision in ("float32", "bfloat16"):
-        script.set_precision(nets, precision)
+    for two.precision in (torch.float32, torch.bfloat16):
         gradients.append(torch.autograd.grad(two(x).square().sum(), list(two.parameters())))
     for exact, rounded in zip(*gradients, strict=True):
         assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
@@ -189,20 +184,31 @@ def test_bfloat16_is_between_hidden_layers_only(script):
 
 @pytest.mark.parametrize("script", [pspo, iql])
 def test_precision_of_a_run(script, tmp_path, monkeypatch, capsys):
-    """The flag reaches every network that is trained, and a processor without bfloat16 is named."""
-    nets, small = [], dict(iterations=2, eval_every=2, eval_episodes=2, final_episodes=2, dataset_episodes=100)
+    """IQL: of every network. PSPO: of its models while they are trained. A processor without bfloat16 is named."""
+    seen, small = set(), dict(iterations=2, eval_every=2, eval_episodes=2, final_episodes=2, dataset_episodes=100)
+    flag = "precision"
     if script is pspo:
-        small |= dict(dynamics_epochs=1, bc_updates=2)
+        flag, small = "dynamics_precision", small | dict(dynamics_epochs=1, bc_updates=2)
     forward = script.MLP.forward
-    monkeypatch.setattr(script.MLP, "forward", lambda net, *args: nets.append(net) or forward(net, *args))
+
+    def watched(net, *args):
+        seen.add(("models" if net.size == 20 else "others", torch.is_grad_enabled(), net.precision))
+        return forward(net, *args)
+
+    monkeypatch.setattr(script.MLP, "forward", watched)
     monkeypatch.setattr(script, "plot", lambda *_, **__: None)
-    for precision, capable in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+    for precision, capable in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"amx_bf16": capable})
-        nets.clear()
-        script.run(script.Args(cuda=False, num_threads=1, precision=precision, runs_dir=str(tmp_path), **small))
-        assert {net.precision for net in nets} == {getattr(torch, precision)}
-        slow = "slower than --precision float32" in capsys.readouterr().out
-        assert slow == (precision == "bfloat16" and not capable)
+        seen.clear()
+        options = {flag: str(precision).removeprefix("torch.")}
+        script.run(script.Args(cuda=False, num_threads=1, runs_dir=str(tmp_path), **options, **small))
+        if script is pspo:  # the held-out error, without gradients, is in both: as trained, then as used
+            assert {kind for kind in seen if kind[2] != torch.float32} == {
+                ("models", grad, precision) for grad in (True, False) if precision != torch.float32
+            }
+        else:
+            assert {kind[2] for kind in seen} == {precision}
+        assert ("slower than float32" in capsys.readouterr().out) == (precision == torch.bfloat16 and not capable)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler on the CPU")
