@@ -176,6 +176,9 @@ ENGINES: dict[str, Callable] = {"local": run_local, "ray": run_ray}
 
 def run_jobs(jobs: list[Job], workers: int, engine: str = "local") -> list[str]:
     """Run what is not done; returns a line for every job that failed."""
+    for name in ("D4RL_DATASET_DIR", "MINARI_DATASETS_PATH"):
+        if os.environ.get(name):  # the runs start in another folder than the user did
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
     todo = [job for job in jobs if job.state() != "done"]
     commands = [(job.command(), str(ROOT), str(job.folder / "log.txt")) for job in todo]
     failed = []

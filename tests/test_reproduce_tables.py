@@ -36,6 +36,18 @@ def call(monkeypatch, capsys, folder, *words, expect=None):
     return capsys.readouterr()
 
 
+def test_a_relative_data_folder_is_the_users(tmp_path, monkeypatch):
+    """The runs start in the repository, wherever their user is."""
+    code = "import os; print(os.path.exists(os.environ['D4RL_DATASET_DIR']))"
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("D4RL_DATASET_DIR", "data")
+    job = runner.Job("iql", {"seed": 1}, tmp_path / "job")
+    monkeypatch.setattr(runner.Job, "command", lambda job: [sys.executable, "-c", code])
+    assert runner.run_jobs([job], 1) == []
+    assert (tmp_path / "job" / "log.txt").read_text() == "True\n"
+
+
 # --- The papers' numbers ---
 
 
