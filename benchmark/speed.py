@@ -348,21 +348,26 @@ def evaluation(args: Args) -> list[dict]:
 
 
 def jax_rows(args: Args) -> list[dict]:
-    """unifloral and JAX-CORL in a process of their own, once per number of threads."""
+    """unifloral and JAX-CORL in a process of their own, once per number of threads, and on a GPU if JAX finds it."""
     if not args.peers or not args.jax_python:
         print("no --peers and --jax-python: JAX implementations not measured")
         return []
-    rows = []
+    command = [args.jax_python, str(Path(__file__).with_name("speed_jax.py")), str(args.peers), str(args.rounds)]
+    places = []
     for threads in args.threads:
-        command = [args.jax_python, str(Path(__file__).with_name("speed_jax.py")), str(args.peers), str(args.rounds)]
         cores = sorted(os.sched_getaffinity(0))[:threads]  # XLA takes every core that it may run on
-        run = subprocess.run(["taskset", "-c", ",".join(map(str, cores)), *command], capture_output=True, text=True)
+        places.append((f"CPU, {threads} threads", "cpu", ["taskset", "-c", ",".join(map(str, cores))]))
+    if torch.cuda.is_available():
+        places.append((torch.cuda.get_device_name(), "cuda", []))
+    rows = []
+    for where, platform_name, prefix in places:
+        environment = os.environ | {"JAX_PLATFORMS": platform_name}
+        run = subprocess.run([*prefix, *command], env=environment, capture_output=True, text=True)
         if run.returncode:
-            print(f"JAX, {threads} threads: not measured: {run.stderr.strip().splitlines()[-1]}")
+            print(f"JAX, {where}: not measured: {(run.stderr.strip() or 'no message').splitlines()[-1]}")
             continue
         for name, times in json.loads(run.stdout.splitlines()[-1]).items():
             middle, low, high = spread(times)
-            where = f"CPU, {threads} threads"
             rows.append({"where": where, "work": name, "ms": middle, "ms_10%": low, "ms_90%": high})
             print(rows[-1], flush=True)
     return rows
@@ -400,17 +405,22 @@ def main(args: Args) -> None:
     rows, parts = [], []
     keep_memory()
     make = growth_works if args.growth else our_works
-    cpu = torch.device("cpu")
-    works = make(args, cpu)
-    if args.peers and not args.growth:
-        for name, step in peer_steps(args.peers.resolve(), random_rows(OBS, ACT, cpu)).items():
-            works.append(Work(name, step))
+
+    def works_on(device: torch.device) -> list[Work]:
+        works = make(args, device)
+        if args.peers and not args.growth:
+            peers = peer_steps(args.peers.resolve(), random_rows(OBS, ACT, device))
+            works += [Work(name, step) for name, step in peers.items()]
+        return works
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    works = works_on(cpu)
     for threads in args.threads:
         torch.set_num_threads(threads)
         rows += measure(works, args, cpu)
         parts += profiles(works, args) if args.profile else []
     if torch.cuda.is_available():
-        rows += measure(make(args, torch.device("cuda")), args, torch.device("cuda"))
+        rows += measure(works_on(gpu), args, gpu)
     else:
         print("no GPU: its rows are not measured")
     if not args.growth:

@@ -1,7 +1,7 @@
 """Other implementations' update code, made ready for benchmark/speed.py: imported from checkouts, with random rows.
 
 Each function builds the objects that the project's own training program builds, with its default sizes, and returns
-named steps; a step is one update, its sampling of the batch included.
+named steps; a step is one update, its sampling of the batch included. They compute where `data` are.
 """
 
 import contextlib
@@ -55,12 +55,13 @@ class StandIns:
 
 def corl_iql(data: dict[str, torch.Tensor]) -> dict[str, Callable]:
     corl = importlib.import_module("algorithms.offline.iql")
-    obs, act = data["observations"].shape[1], data["actions"].shape[1]
-    buffer = corl.ReplayBuffer(obs, act, len(data["rewards"]), "cpu")
-    buffer.load_d4rl_dataset({key: value.numpy() for key, value in data.items()})
-    nets = corl.GaussianPolicy(obs, act, 1.0), corl.TwinQ(obs, act), corl.ValueFunction(obs)
+    obs, act, device = data["observations"].shape[1], data["actions"].shape[1], str(data["rewards"].device)
+    buffer = corl.ReplayBuffer(obs, act, len(data["rewards"]), device)
+    buffer.load_d4rl_dataset({key: value.cpu().numpy() for key, value in data.items()})
+    nets = [x.to(device) for x in (corl.GaussianPolicy(obs, act, 1.0), corl.TwinQ(obs, act), corl.ValueFunction(obs))]
     optimizers = [torch.optim.Adam(x.parameters(), lr=3e-4) for x in nets]
-    trainer = corl.ImplicitQLearning(1.0, *(x for pair in zip(nets, optimizers, strict=True) for x in pair))
+    pairs = (x for pair in zip(nets, optimizers, strict=True) for x in pair)
+    trainer = corl.ImplicitQLearning(1.0, *pairs, device=device)
     return {"CORL, IQL": lambda: trainer.train(buffer.sample(256))}
 
 
@@ -70,19 +71,22 @@ def offlinerlkit_iql(data: dict[str, torch.Tensor]) -> dict[str, Callable]:
     policy = importlib.import_module("offlinerlkit.policy")
     buffers = importlib.import_module("offlinerlkit.buffer")
     obs, act, rows = data["observations"].shape[1], data["actions"].shape[1], len(data["rewards"])
+    device = str(data["rewards"].device)
     body = nets.MLP(obs, HIDDEN)
     head = modules.DiagGaussian(body.output_dim, act, unbounded=False, conditioned_sigma=False, max_mu=1.0)
-    actor = modules.ActorProb(body, head, "cpu")
-    critics = [modules.Critic(nets.MLP(width, HIDDEN), "cpu") for width in (obs + act, obs + act, obs)]
+    actor = modules.ActorProb(body, head, device)
+    critics = [modules.Critic(nets.MLP(width, HIDDEN), device) for width in (obs + act, obs + act, obs)]
     optimizers = [torch.optim.Adam(x.parameters(), lr=3e-4) for x in (actor, *critics)]
     space = types.SimpleNamespace(low=-np.ones(act), high=np.ones(act))
     learner = policy.IQLPolicy(actor, *critics, *optimizers, action_space=space, expectile=0.7, temperature=3.0)
-    buffer = buffers.ReplayBuffer(rows, (obs,), np.float32, act, np.float32, "cpu")
-    buffer.load_dataset({key: value.numpy() for key, value in data.items()})
+    buffer = buffers.ReplayBuffer(rows, (obs,), np.float32, act, np.float32, device)
+    buffer.load_dataset({key: value.cpu().numpy() for key, value in data.items()})
     return {"OfflineRL-Kit, IQL": lambda: learner.learn(buffer.sample(256))}
 
 
 def pmdb(data: dict[str, torch.Tensor]) -> dict[str, Callable]:
+    if data["rewards"].device.type != "cpu":
+        raise NotImplementedError("made ready for the CPU only")
     config = importlib.import_module("config")
     sys.argv, argv = [sys.argv[0], "--cpu"], sys.argv
     try:

@@ -151,10 +151,11 @@ def captured(graph: Graph):
 def pretended_gpu():
     """torch.cuda as the scripts use it; tensors made inside say where they are."""
     stream, load = SimpleNamespace(wait_stream=lambda other: None), torch.load
+    copy = torch.nn.Parameter.__deepcopy__
     stand_ins = dict(
         is_available=lambda: True, is_initialized=lambda: True, get_device_name=lambda device=None: "a pretended GPU",
         CUDAGraph=Graph, graph=captured, Stream=lambda: stream, current_stream=lambda: stream,
-        stream=lambda s: contextlib.nullcontext(), manual_seed_all=lambda seed: None,
+        stream=lambda s: contextlib.nullcontext(), synchronize=lambda: None, manual_seed_all=lambda seed: None,
         get_rng_state=lambda: torch.ones(16, dtype=torch.uint8), set_rng_state=lambda state: None,
     )  # fmt: skip
 
@@ -165,4 +166,5 @@ def pretended_gpu():
         for name, value in stand_ins.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "load", load_to)
+        patch.setattr(torch.nn.Parameter, "__deepcopy__", lambda x, memo: place(copy(x, memo), on_gpu(x)))
         yield

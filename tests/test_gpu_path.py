@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from pretend_gpu import GPU, Graph, captured, pretended_gpu
-from test_speed import LEARNERS, step_of
+from test_speed import LEARNERS, bench, step_of
 
 import iql
 import pspo
@@ -127,3 +127,14 @@ def test_steering(tmp_path):
     with pretended_gpu():
         gpu = steer_poe.run(steer_poe.Args(runs_dir=str(tmp_path / "gpu"), **small))
     assert (gpu / "cells.csv").read_bytes() == (cpu / "cells.csv").read_bytes()
+
+
+def test_the_benchmark_has_rows_of_a_gpu(tmp_path):
+    speed, threads = bench(), torch.get_num_threads()
+    with pretended_gpu():
+        speed.main(speed.Args(small=True, rounds=3, threads=(1,), evaluation=False, output=tmp_path / "speed"))
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    works = [[row["work"] for row in rows if row["where"] == where] for where in ("CPU, 1 threads", "a pretended GPU")]
+    assert works[0] == works[1] and len(works[1]) == 5
+    assert "not measured" not in (tmp_path / "speed.md").read_text()
