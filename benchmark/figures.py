@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import matplotlib
 
@@ -76,18 +77,23 @@ def read_actor(run: Path) -> Callable[[np.ndarray], np.ndarray]:
     return act
 
 
-def read_learner(run: Path) -> pspo.PSPO:
-    """The learner as the last checkpoint of a PSPO run left it, on its data. Raises UserError."""
-    checkpoint = pspo.load_tensors(run / "checkpoint.pt", "pspo checkpoint")
-    args, domain = pspo.resolve(pspo.Args(**checkpoint["args"]))
+def read_run(run: Path, script: ModuleType) -> tuple[dict, Any, str, dict[str, torch.Tensor]]:
+    """Checkpoint, arguments, domain and data of a run of pspo.py or iql.py (`script`). Raises UserError."""
+    checkpoint = script.load_tensors(run / "checkpoint.pt", f"{script.__name__} checkpoint")
+    args, domain = script.resolve(script.Args(**checkpoint["args"]))
     if args.env_id == "liquidation" and args.dataset_path is None:
         arrays = liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed)
-        dataset = pspo.make_dataset(arrays, "liquidation", f"generated, seed {args.seed}")
+        dataset = script.make_dataset(arrays, "liquidation", f"generated, seed {args.seed}")
     else:
-        dataset = pspo.load_dataset(args.env_id, args.dataset_path, args.dataset_mirrors)
+        dataset = script.load_dataset(args.env_id, args.dataset_path, args.dataset_mirrors)
     same = checkpoint["data_sha256"] == dataset.sha256
-    pspo.require(same, f"{run} was trained on other data than {dataset.name} is now: restore the data")
-    data = {key: torch.as_tensor(getattr(dataset, key)) for key in pspo.DATA_KEYS}
+    script.require(same, f"{run} was trained on other data than {dataset.name} is now: restore the data")
+    return checkpoint, args, domain, {key: torch.as_tensor(getattr(dataset, key)) for key in script.DATA_KEYS}
+
+
+def read_learner(run: Path) -> pspo.PSPO:
+    """The learner as the last checkpoint of a PSPO run left it, on its data. Raises UserError."""
+    checkpoint, args, domain, data = read_run(run, pspo)
     pool = pspo.load_tensors(run / "dynamics.pt", "dynamics")
     args.pool_size, _, _, args.dynamics_hidden, args.dynamics_layers = pool["sizes"]
     learner = pspo.PSPO(args, data, domain)

@@ -14,6 +14,7 @@ import steer_poe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 import figures  # noqa: E402
+import rounding  # noqa: E402
 
 torch.set_num_threads(1)
 COMMON = dict(cuda=False, num_threads=1, dataset_episodes=100, eval_episodes=10, final_episodes=20, eval_every=10)
@@ -53,6 +54,30 @@ def test_pspo_figures(runs, tmp_path, monkeypatch):
     axes = figures.figure2(runs[:1]).axes[0]
     assert axes.lines[1].get_ydata().tolist() == metrics["eval/predicted_return"].tolist()
     assert axes.lines[0].get_ydata().tolist() == metrics["eval/return"].tolist()
+
+
+def test_rounding_of_runs(runs, tmp_path, monkeypatch, capsys):
+    """A line for each run; the numbers are those of the learners, and a run that is none is an error in a line."""
+    monkeypatch.setattr(sys, "argv", ["rounding.py", *map(str, runs), "--rows", "300"])
+    rounding.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert ": Q over actions, α = " in lines[0] and ": Q(s, a) - V(s): " in lines[1] and len(lines) == 2
+    learner = rounding.read_iql(runs[1])
+    torch.manual_seed(0)
+    rows = torch.randint(learner.size, (300,))
+    assert learner.critic.net.precision == torch.float32
+    signal = torch.as_tensor(learner_advantages(learner, rows)).std().item()
+    assert f"standard deviation {signal:.4f}" in lines[1]
+    for line in lines:
+        assert 0 < float(line.split("error of rounding ")[1]) < float(line.split("deviation ")[1].split(",")[0])
+    with pytest.raises(pspo.UserError, match="does not exist"):
+        rounding.read_iql(tmp_path)
+
+
+@torch.no_grad()
+def learner_advantages(learner, rows):
+    obs, action = learner.data["observations"][rows], learner.data["actions"][rows]
+    return learner.target_critic(obs, action).min(0).values - learner.value(obs)
 
 
 def test_boundary_figure_shows_the_saved_policies(runs):

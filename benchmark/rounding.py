@@ -1,0 +1,92 @@
+"""What rounding the products between hidden layers to bfloat16 does to what trained networks say.
+
+    python benchmark/rounding.py runs/<run of pspo.py or iql.py> …
+
+A learner needs differences: IQL's policy is weighted by Q(s, a) - V(s), PSPO's values compare Q over actions drawn at
+one state, in units of the temperature α. For each run, on rows of its data: the standard deviation of that difference
+in float32, and of the error that rounding adds to it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from figures import read_learner, read_run
+
+import iql
+import pspo
+
+
+@dataclass
+class Args:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """run folders of pspo.py or iql.py"""
+    rows: int = 5000
+    """rows of the data"""
+    actions: int = 16
+    """PSPO: actions of the policy at each of them"""
+
+
+def both(learner: torch.nn.Module, compute) -> list[torch.Tensor]:
+    """What `compute` returns with every network of `learner` in float32 and in bfloat16."""
+    results = []
+    for precision in (torch.float32, torch.bfloat16):
+        for net in learner.modules():
+            if hasattr(net, "precision"):
+                net.precision = precision
+        with torch.no_grad():
+            results.append(compute())
+    return results
+
+
+def advantage_error(learner: iql.IQL, rows: torch.Tensor) -> tuple[float, float]:
+    """Standard deviations over rows: of Q(s, a) - V(s), and of what rounding adds to it."""
+    obs, action = learner.data["observations"][rows], learner.data["actions"][rows]
+    exact, rounded = both(learner, lambda: learner.target_critic(obs, action).amin(0) - learner.value(obs))
+    return exact.std().item(), (rounded - exact).std().item()
+
+
+def action_error(learner: pspo.PSPO, rows: torch.Tensor, actions: int) -> tuple[float, float]:
+    """Standard deviations over actions of π, averaged over states: of Q(s, a), and of what rounding adds to it."""
+    obs = learner.data["observations"][rows]
+    with torch.no_grad():
+        mean, log_std = learner.actor(obs)
+    u = mean + log_std.exp() * torch.randn(actions, *mean.shape)
+    exact, rounded = both(learner, lambda: learner.q_value(learner.target_critic, obs, u))  # (M, B)
+    return exact.std(0).mean().item(), (rounded - exact).std(0).mean().item()
+
+
+def read_iql(run: Path) -> iql.IQL:
+    """The learner as the last checkpoint of an IQL run left it, on the offline data. Raises pspo.UserError."""
+    try:
+        checkpoint, args, _, data = read_run(run, iql)
+    except iql.UserError as error:
+        raise pspo.UserError(str(error)) from None
+    learner = iql.IQL(args, {key: data[key] for key in list(data)[:5]})
+    learner.load_state_dict(checkpoint["learner"])
+    return learner
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    for run in args.runs:
+        torch.manual_seed(0)
+        if (run / "dynamics.pt").exists():
+            learner = read_learner(run)
+            rows = torch.randint(len(learner.data["rewards"]), (args.rows,))
+            signal, error = action_error(learner, rows, args.actions)
+            what = f"Q over actions, α = {learner.log_alpha.exp().item():.4f}"
+        else:
+            learner = read_iql(run)
+            signal, error = advantage_error(learner, torch.randint(learner.size, (args.rows,)))
+            what = "Q(s, a) - V(s)"
+        print(f"{run.name}: {what}: standard deviation {signal:.4f}, error of rounding {error:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    pspo.exit_cleanly(main)
