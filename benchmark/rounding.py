@@ -75,16 +75,16 @@ def read_iql(run: Path) -> iql.IQL:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     for run in args.runs:
+        is_pspo = (run / "dynamics.pt").exists()
+        learner = read_learner(run) if is_pspo else read_iql(run)
         torch.manual_seed(0)
-        if (run / "dynamics.pt").exists():
-            learner = read_learner(run)
-            rows = torch.randint(len(learner.data["rewards"]), (args.rows,))
-            signal, error = action_error(learner, rows, args.actions)
+        rows = torch.randint(len(learner.data["rewards"]), (args.rows,))
+        if is_pspo:
             what = f"Q over actions, α = {learner.log_alpha.exp().item():.4f}"
+            signal, error = action_error(learner, rows, args.actions)
         else:
-            learner = read_iql(run)
-            signal, error = advantage_error(learner, torch.randint(learner.size, (args.rows,)))
             what = "Q(s, a) - V(s)"
+            signal, error = advantage_error(learner, rows)
         print(f"{run.name}: {what}: standard deviation {signal:.4f}, error of rounding {error:.4f}", flush=True)
 
 
