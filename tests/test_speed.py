@@ -35,7 +35,7 @@ def iql_learner(**changes):
 def pspo_learner(env_id="hopper-medium-v2", **changes):
     small = dict(
         pool_size=4, active_models=3, dynamics_hidden=16, hidden=16, batch_size=32, model_samples=2, action_samples=4,
-        trust_region_every=3,
+        trust_region=1.0, trust_region_every=2,
     )  # fmt: skip
     args, domain = pspo.resolve(pspo.Args(env_id=env_id, **small | changes))
     dims = (3, 1) if domain == "liquidation" else (11, 3)
