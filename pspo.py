@@ -842,6 +842,13 @@ class Adam:
             tensor.copy_(saved)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for products in bfloat16; without them float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 class Captured:
     """A step as a CUDA graph: all its kernels in one launch. It takes no arguments and returns one tensor.
 
@@ -851,22 +858,20 @@ class Captured:
     """
 
     def __init__(self, step: Callable[[], torch.Tensor]):
-        self.step, self.warm_up, self.graph = step, 3, torch.cuda.CUDAGraph()
+        self.step, self.warm_up, self.result = step, 3, None
+        self.graph, self.side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def __call__(self) -> torch.Tensor:
         if self.warm_up:
             self.warm_up -= 1
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 result = self.step()
-            torch.cuda.current_stream().wait_stream(side)
-            self.recorded = False
+            torch.cuda.current_stream().wait_stream(self.side)
             return result
-        if not self.recorded:
-            with torch.cuda.graph(self.graph):  # the default random generator takes part in it
+        if self.result is None:
+            with torch.cuda.graph(self.graph, stream=self.side):  # the default random generator takes part in it
                 self.result = self.step()
-            self.recorded = True
         self.graph.replay()
         return self.result.clone()
 
@@ -884,14 +889,15 @@ def fast(
     compiled: on, off, or auto: where it pays. Compiled or not, numbers agree to rounding, and each repeats its own.
     """
     compiler = os.environ.get("CXX", "g++")
-    able = device.type == "cuda" or shutil.which(compiler) is not None
+    able = shutil.which(compiler) is not None
     require(able or compiled != "on", f"--compile on needs {compiler}: install a C++ compiler")
     if compiled == "on" or (compiled == "auto" and able and device.type == "cpu" and updates >= 50_000):
         known = hasattr(torch._dynamo.config, "trace_autograd_ops")
         require(known, f"PyTorch {torch.__version__} compiles no gradients: torch==2.13.0 does, or use --compile off")
         print("compiling the training step, half a minute before the first one (not with --compile off)")
         torch._dynamo.config.trace_autograd_ops = True
-        whole = torch.compile(step, fullgraph=True, options={"fallback_random": True})  # PyTorch's own random numbers
+        options = {"fallback_random": True}  # PyTorch's own random numbers
+        whole = torch.compile(step, fullgraph=True, dynamic=False, options=options)
         step = whole if compiled == "on" else unless_it_fails(whole, step)
     return Captured(step) if device.type == "cuda" else step
 
@@ -1401,7 +1407,8 @@ def exit_cleanly(work: Callable[[], Any]) -> None:
     except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
         message = str(UserError(f"{error}; the last checkpoint, if any, is intact"))
     except (MemoryError, RuntimeError) as error:  # PyTorch has a type of its own for the GPU's memory only
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        texts = ("out of memory", "allocate memory", "not enough memory")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(x in str(error) for x in texts):
             raise
         reason = str(UserError(str(error).split("[")[0][:200]))
         message = f"out of memory ({reason}): use smaller batches, networks or data, or another machine"
@@ -1464,7 +1471,7 @@ def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
         content = torch.load(io.BytesIO(data + mark + digest), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {kind} file") from None
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch.load raises many types on broken files
         reason = f"{type(error).__name__}: {error}"[:160]
@@ -1479,7 +1486,7 @@ def restoring(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong while a readable file is put to use is the file's fault. Raises UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a key, a type, a shape
         reason = f"{type(error).__name__}: {error}"[:160]
@@ -1988,8 +1995,7 @@ def run(args: Args) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no GPU found: running on the CPU")
-    instructions = [torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")]
-    if args.dynamics_precision == "bfloat16" and device.type == "cpu" and not any(instructions):
+    if args.dynamics_precision == "bfloat16" and not multiplies_bfloat16(device):
         print("this processor cannot multiply bfloat16: slower than float32")
     bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5, disable=None)
 

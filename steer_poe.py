@@ -1131,7 +1131,8 @@ def exit_cleanly(work: Callable[[], Any]) -> None:
     except OSError as error:  # a full or unwritable disk; checkpoints on it are whole
         message = str(UserError(f"{error}; the last checkpoint, if any, is intact"))
     except (MemoryError, RuntimeError) as error:  # PyTorch has a type of its own for the GPU's memory only
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        texts = ("out of memory", "allocate memory", "not enough memory")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(x in str(error) for x in texts):
             raise
         reason = str(UserError(str(error).split("[")[0][:200]))
         message = f"out of memory ({reason}): use smaller batches, networks or data, or another machine"
@@ -1194,7 +1195,7 @@ def load_tensors(path: Path | str, kind: str, device: str = "cpu") -> dict:
         content = torch.load(io.BytesIO(data + mark + digest), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a {kind} file") from None
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch.load raises many types on broken files
         reason = f"{type(error).__name__}: {error}"[:160]
@@ -1209,7 +1210,7 @@ def restoring(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong while a readable file is put to use is the file's fault. Raises UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a key, a type, a shape
         reason = f"{type(error).__name__}: {error}"[:160]

@@ -133,7 +133,7 @@ class Graph:
 
 
 @contextlib.contextmanager
-def captured(graph: Graph):
+def captured(graph: Graph, stream=None):
     """torch.cuda.graph: recording computes nothing, so what the CPU has computed meanwhile is undone."""
     random, Device.recording = torch.get_rng_state(), True
     try:

@@ -173,3 +173,34 @@ def test_a_terminal_without_greek(tmp_path):
     """The error of γ on a terminal that only knows ASCII."""
     done = python("iql.py", "--gamma", "1", "--env-id", "hopper-medium-v2", PYTHONIOENCODING="ascii")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "\\u03b3 = 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.45 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_too_little_memory_is_a_line(script, error, capsys):
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        script.exit_cleanly(work)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory (")
+
+
+def test_a_bug_is_not_too_little_memory(script, tmp_path):
+    """An error of the GPU that only mentions memory is shown whole; too little of it is not the file's fault."""
+
+    def work():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        script.exit_cleanly(work)
+    with pytest.raises(torch.OutOfMemoryError), script.restoring(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")

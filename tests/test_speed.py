@@ -42,6 +42,8 @@ def pspo_learner(env_id="hopper-medium-v2", **changes):
     torch.manual_seed(0)
     pool = pspo.Dynamics(args.pool_size, *dims, args.dynamics_hidden, args.dynamics_layers)
     pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, dims[0]))
+    if domain == "hopper":  # so that some rollouts end and others go on
+        pool.box[:, :2] = torch.tensor([[0.6, -0.1], [1.2, 0.1]])
     learner = pspo.PSPO(args, toy_data(512, *dims), domain)
     learner.behaviour.requires_grad_(False)
     learner.redraw(pool)
@@ -280,29 +282,6 @@ def test_a_compiler_that_fails_stops_nothing():
     torch.manual_seed(0)
     expected = torch.rand(3, 3).cumsum(0)
     assert torch.equal(torch.tensor(json.loads(numbers)), expected)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", LEARNERS)
-def test_captured_equals_eager(name):
-    """On a GPU: recorded and replayed against called, on the same random stream, across a change of the rates."""
-    rows = []
-    for captured in (False, True):
-        learner = LEARNERS[name]()
-        data = {key: value[:512].cuda() for key, value in learner.data.items()}
-        learner = type(learner)(learner.args, data, 100 if name.startswith("iql") else "hopper")
-        step = step_of(learner, iql.Captured) if captured else step_of(learner)
-        torch.cuda.manual_seed(1)
-        row = []
-        for i in range(12):
-            for optimizer in vars(learner).values():
-                if type(optimizer).__name__ == "Adam":
-                    optimizer.rates[0].fill_(1e-3 / (1 + i))
-            if name.startswith("iql"):  # as online: the data grow, and a recorded step must see it
-                learner.add(torch.full((11,), 9.0), torch.zeros(3), 9.0, torch.full((11,), 9.0), False)
-            row.append(step())
-        rows.append(torch.stack(row).cpu())
-    assert torch.allclose(*rows, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 100])
