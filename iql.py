@@ -211,8 +211,8 @@ class Args:
     """CPU threads for PyTorch (0: PyTorch's own choice)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training steps; auto: on a CPU with a C++ compiler, of loops of 50,000 updates or more"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of products between hidden layers; bfloat16 halves their time where the processor has it (docs/performance.md)"""
+    bfloat16: bool = False
+    """training steps multiply between hidden layers in bfloat16: two thirds of the time, where a processor has it"""
     quick: bool = False
     """a CPU-sized setting: 50,000 updates, and 50 episodes at the end"""
     track: bool = False
@@ -573,18 +573,20 @@ def figure_name(name: str, source: str) -> str:
 # --- Networks: every one is a stack evaluated as one batched matrix product ---
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
-    """x @ weight with factors and result rounded to `precision`: (size, B, in), (size, in, out) -> (size, B, out)."""
-    return torch.bmm(x.to(precision), weight.to(precision)).to(x.dtype)
+def bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight, factors and result rounded to bfloat16: (size, B, in), (size, in, out) -> (size, B, out)."""
+    return torch.bmm(x.bfloat16(), weight.bfloat16()).to(x.dtype)
 
 
 class MLP(nn.Module):
-    """`size` independent multi-layer perceptrons of (x − mean) / std: (B, in) or (size, B, in) -> (size, B, out)."""
+    """`size` independent multi-layer perceptrons of (x − mean) / std: (B, in) or (size, B, in) -> (size, B, out).
+
+    bfloat16: only between hidden layers; the first and the last layer see states and say values, and cost little.
+    """
 
     def __init__(self, size: int, widths: list[int], activation=torch.relu_):
         super().__init__()
         self.size, self.activation = size, activation
-        self.precision = torch.float32  # of the products between hidden layers; the first and the last one cost little
         shapes = list(itertools.pairwise(widths))
         self.register_buffer("mean", torch.zeros(widths[0]))
         self.register_buffer("std", torch.ones(widths[0]))
@@ -593,14 +595,14 @@ class MLP(nn.Module):
         for weight in itertools.chain(*self.weights):  # the last layer's too, as in the official code
             nn.init.orthogonal_(weight, math.sqrt(2))
 
-    def forward(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dropout: float = 0.0, bfloat16: bool = False) -> torch.Tensor:
         x = ((x - self.mean) / self.std).expand(self.size, *x.shape[-2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i:
                 x = self.activation(x)
                 x = F.dropout(x, dropout) if dropout else x
-            inner = 0 < i < len(self.weights) - 1
-            x = product(x, weight, self.precision if inner else x.dtype).add_(bias)
+            multiply = bfloat16_product if bfloat16 and 0 < i < len(self.weights) - 1 else torch.bmm
+            x = multiply(x, weight).add_(bias)
         return x
 
 
@@ -612,8 +614,10 @@ class Actor(nn.Module):
         self.net = MLP(1, [obs_dim, hidden, hidden, act_dim])
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
-    def forward(self, obs: torch.Tensor, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.net(obs, dropout)[0].tanh(), self.log_std.clamp(-5, 2)
+    def forward(
+        self, obs: torch.Tensor, dropout: float = 0.0, bfloat16: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.net(obs, dropout, bfloat16)[0].tanh(), self.log_std.clamp(-5, 2)
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -635,8 +639,8 @@ class Critic(nn.Module):
         super().__init__()
         self.net = MLP(2, [obs_dim + act_dim, hidden, hidden, 1])
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+    def forward(self, obs: torch.Tensor, action: torch.Tensor, bfloat16: bool = False) -> torch.Tensor:
+        return self.net(torch.cat([obs, action], dim=-1), bfloat16=bfloat16).squeeze(-1)
 
 
 class Value(nn.Module):
@@ -646,8 +650,8 @@ class Value(nn.Module):
         super().__init__()
         self.net = MLP(1, [obs_dim, hidden, hidden, 1])
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.net(obs)[0].squeeze(-1)
+    def forward(self, obs: torch.Tensor, bfloat16: bool = False) -> torch.Tensor:
+        return self.net(obs, bfloat16=bfloat16)[0].squeeze(-1)
 
 
 # --- Equations: pure functions of tensors ---
@@ -752,7 +756,7 @@ class Adam:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for products in bfloat16; without them float32 is faster."""
+    """Whether it has instructions for products in bfloat16; without them float32 is several times as fast."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -768,18 +772,18 @@ class Captured:
 
     def __init__(self, step: Callable[[], torch.Tensor]):
         self.step, self.warm_up, self.result = step, 3, None
-        self.graph, self.side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # libraries keep memory for each stream
 
     def __call__(self) -> torch.Tensor:
         if self.warm_up:
             self.warm_up -= 1
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 result = self.step()
-            torch.cuda.current_stream().wait_stream(self.side)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.result is None:
-            with torch.cuda.graph(self.graph, stream=self.side):  # the default random generator takes part in it
+            with torch.cuda.graph(self.graph, stream=self.stream):  # the default random generator takes part in it
                 self.result = self.step()
         self.graph.replay()
         return self.result.clone()
@@ -868,8 +872,6 @@ class IQL(nn.Module):
         self.target_critic = Critic(obs_dim, act_dim, args.hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
-        for net in (self.value, self.actor, self.critic, self.target_critic):
-            net.net.precision = getattr(torch, args.precision)
         self.register_buffer("rows", torch.zeros(args.batch_size, dtype=torch.int64), persistent=False)
         self.to(data["rewards"].device)
         self.value_optimizer = Adam((self.value.parameters(), args.critic_lr))
@@ -895,20 +897,20 @@ class IQL(nn.Module):
 
         # Eq. (5): V towards the upper expectile of Q̄ over the data's actions
         with torch.no_grad():
-            target_q = self.target_critic(obs, action).amin(0)  # (B,)
-        value_loss = expectile_loss(target_q - self.value(obs), args.expectile).mean()
+            target_q = self.target_critic(obs, action, args.bfloat16).amin(0)  # (B,)
+        value_loss = expectile_loss(target_q - self.value(obs, args.bfloat16), args.expectile).mean()
         self.value_optimizer.minimise(value_loss)
 
         # Eqs. (7) and (6) share no parameter and both use the new V: one backward pass and one Adam step for both
         with torch.no_grad():
-            v, next_v = self.value(torch.cat([obs, next_obs])).chunk(2)
+            v, next_v = self.value(torch.cat([obs, next_obs]), args.bfloat16).chunk(2)
             advantage = target_q - v
             weights = advantage_weights(advantage, args.beta, args.weight_clip)
             target = bellman_target(reward, terminal, next_v, args.gamma)
-        mean, log_std = self.actor(obs, args.dropout)
+        mean, log_std = self.actor(obs, args.dropout, args.bfloat16)
         log_prob = gaussian_log_prob(action, mean, log_std)
         actor_loss = policy_loss(log_prob, weights)
-        q = self.critic(obs, action)  # (2, B)
+        q = self.critic(obs, action, args.bfloat16)  # (2, B)
         q_loss = critic_loss(q, target)
         self.actor_critic_optimizer.minimise(actor_loss + q_loss)
 
@@ -1025,7 +1027,7 @@ def exit_cleanly(work: Callable[[], Any]) -> None:
         texts = ("out of memory", "allocate memory", "not enough memory")
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(x in str(error) for x in texts):
             raise
-        reason = str(UserError(str(error).split("[")[0][:200]))
+        reason = str(UserError(str(error).rpartition("] ")[2][:200]))
         message = f"out of memory ({reason}): use smaller batches, networks or data, or another machine"
     else:
         return
@@ -1683,8 +1685,8 @@ def run(args: Args) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("no GPU found: running on the CPU")
-    if args.precision == "bfloat16" and not multiplies_bfloat16(device):
-        print("this processor cannot multiply bfloat16: slower than float32")
+    if args.bfloat16 and not multiplies_bfloat16(device):
+        print(f"no instructions for bfloat16 on this {device.type}: --bfloat16 makes it slower")
     bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0.5, disable=None)
 
     # Data

@@ -1134,7 +1134,7 @@ def exit_cleanly(work: Callable[[], Any]) -> None:
         texts = ("out of memory", "allocate memory", "not enough memory")
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(x in str(error) for x in texts):
             raise
-        reason = str(UserError(str(error).split("[")[0][:200]))
+        reason = str(UserError(str(error).rpartition("] ")[2][:200]))
         message = f"out of memory ({reason}): use smaller batches, networks or data, or another machine"
     else:
         return

@@ -80,7 +80,8 @@ def read_actor(run: Path) -> Callable[[np.ndarray], np.ndarray]:
 def read_run(run: Path, script: ModuleType) -> tuple[dict, Any, str, dict[str, torch.Tensor]]:
     """Checkpoint, arguments, domain and data of a run of pspo.py or iql.py (`script`). Raises UserError."""
     checkpoint = script.load_tensors(run / "checkpoint.pt", f"{script.__name__} checkpoint")
-    args, domain = script.resolve(script.Args(**checkpoint["args"]))
+    script.require("learner" in checkpoint, f"{run} was stopped before its first iteration: go on with it first")
+    args, domain = script.resolve(script.checkpoint_args(script.Args, checkpoint))
     if args.env_id == "liquidation" and args.dataset_path is None:
         arrays = liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed)
         dataset = script.make_dataset(arrays, "liquidation", f"generated, seed {args.seed}")

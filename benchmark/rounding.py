@@ -32,32 +32,25 @@ class Args:
     """PSPO: actions of the policy at each of them"""
 
 
-def both(learner: torch.nn.Module, compute) -> list[torch.Tensor]:
-    """What `compute` returns with every network of `learner` in float32 and in bfloat16."""
-    results = []
-    for precision in (torch.float32, torch.bfloat16):
-        for net in learner.modules():
-            if hasattr(net, "precision"):
-                net.precision = precision
-        with torch.no_grad():
-            results.append(compute())
-    return results
-
-
+@torch.no_grad()
 def advantage_error(learner: iql.IQL, rows: torch.Tensor) -> tuple[float, float]:
-    """Standard deviations over rows: of Q(s, a) - V(s), and of what rounding adds to it."""
+    """Standard deviations over rows (n,): of Q(s, a) - V(s), and of what rounding adds to it."""
     obs, action = learner.data["observations"][rows], learner.data["actions"][rows]
-    exact, rounded = both(learner, lambda: learner.target_critic(obs, action).amin(0) - learner.value(obs))
+    exact, rounded = (
+        learner.target_critic(obs, action, bfloat16).amin(0) - learner.value(obs, bfloat16)
+        for bfloat16 in (False, True)
+    )  # fmt: skip
     return exact.std().item(), (rounded - exact).std().item()
 
 
+@torch.no_grad()
 def action_error(learner: pspo.PSPO, rows: torch.Tensor, actions: int) -> tuple[float, float]:
-    """Standard deviations over actions of π, averaged over states: of Q(s, a), and of what rounding adds to it."""
-    obs = learner.data["observations"][rows]
-    with torch.no_grad():
-        mean, log_std = learner.actor(obs)
-    u = mean + log_std.exp() * torch.randn(actions, *mean.shape)
-    exact, rounded = both(learner, lambda: learner.q_value(learner.target_critic, obs, u))  # (M, B)
+    """Standard deviations over actions of π, averaged over rows (n,): of Q(s, a), and of what rounding adds to it."""
+    obs, critic = learner.data["observations"][rows], learner.target_critic
+    mean, log_std = learner.actor(obs)
+    action = (mean + log_std.exp() * torch.randn(actions, *mean.shape)).tanh().view(-1, mean.shape[1])
+    inputs = torch.cat([((obs - critic.obs_mean) / critic.obs_std).repeat(actions, 1), action], -1)
+    exact, rounded = (critic.net(inputs, bfloat16).amin(0).view(actions, -1) for bfloat16 in (False, True))  # (M, n)
     return exact.std(0).mean().item(), (rounded - exact).std(0).mean().item()
 
 
@@ -67,7 +60,8 @@ def read_iql(run: Path) -> iql.IQL:
         checkpoint, args, _, data = read_run(run, iql)
     except iql.UserError as error:
         raise pspo.UserError(str(error)) from None
-    learner = iql.IQL(args, {key: data[key] for key in list(data)[:5]})
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    learner = iql.IQL(args, {name: data[name] for name in names})
     learner.load_state_dict(checkpoint["learner"])
     return learner
 

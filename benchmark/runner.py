@@ -80,6 +80,9 @@ class Job:
         if not set(result["args"]) <= fields:
             return "another script, or another version of it"
         wanted, free = self.resolved(), HOW | (POOL if "dynamics_path" in self.settings else set())
+        for name, value in self.settings.items():
+            if name not in result["args"] and name not in free and value != getattr(script(self.script).Args, name):
+                return f"a version without {name}"
         pairs = {name: (value, json.loads(json.dumps(wanted[name]))) for name, value in result["args"].items()}
         return ", ".join(f"{n} {a}, not {b}" for n, (a, b) in pairs.items() if n not in free and a != b)
 

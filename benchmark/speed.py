@@ -56,7 +56,7 @@ class Args:
     compile: bool = False
     """also measure the steps compiled by torch.compile (half a minute of compiling each)"""
     bfloat16: bool = False
-    """also measure iql.py's --precision bfloat16, pspo.py's --dynamics-precision; their floor is that of float32"""
+    """also measure the steps with iql.py's --bfloat16, pspo.py's --dynamics-bfloat16; their floor is that of float32"""
     growth: bool = False
     """measure how the dynamics update grows with members, batch and width instead"""
     profile: bool = False
@@ -148,11 +148,10 @@ def pspo_work(name: str, device: torch.device, compiled: bool, **changes) -> Wor
 
 
 def dynamics_work(
-    members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool, precision: str = "float32"
+    members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool, bfloat16: bool = False
 ) -> Work:
     """train_dynamics' inner step, written once more: it is a closure there."""
     pool, data = pspo.Dynamics(members, OBS, ACT, width, layers).to(device), random_rows(OBS, ACT, device)
-    pool.net.precision = getattr(torch, precision)
     inputs = torch.cat([data["observations"], data["actions"]], -1)
     outputs = torch.cat([data["rewards"][:, None], data["next_observations"]], -1)
     optimizer = pspo.Adam((pool.parameters(), 1e-4), weight_decay=7.5e-5)
@@ -161,7 +160,7 @@ def dynamics_work(
     def learn() -> torch.Tensor:
         columns = torch.randint(ROWS, (members, batch), device=device)
         rows = bootstrap.gather(1, columns).long()
-        losses = pspo.beta_nll(*pool.standardised(inputs[rows]), outputs[rows]).mean((1, 2))
+        losses = pspo.beta_nll(*pool.standardised(inputs[rows], bfloat16), outputs[rows]).mean((1, 2))
         optimizer.minimise(losses.sum())
         return losses.detach()
 
@@ -173,19 +172,18 @@ def dynamics_work(
 def our_works(args: Args, device: torch.device) -> list[Work]:
     works = []
     small = dict(hidden=8, batch_size=32) if args.small else {}
-    precisions = ("float32", "bfloat16") if args.bfloat16 else ("float32",)
-    for precision, compiled in itertools.product(precisions, (False, True) if args.compile else (False,)):
-        end = (", compiled" if compiled else "") + (", bfloat16" if precision == "bfloat16" else "")
-        iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", precision=precision, **small))
+    for bfloat16, compiled in itertools.product({False, args.bfloat16}, {False, args.compile}):
+        end = (", compiled" if compiled else "") + (", bfloat16" if bfloat16 else "")
+        iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", bfloat16=bfloat16, **small))
         learner = iql.IQL(iql_args, random_rows(OBS, ACT, device))
         update = iql.fast(learner.update, device, "on" if compiled else "off", 0)
         # the loop's variables are bound now, or every work would run the last one's
         works.append(Work(f"IQL{end}", lambda i=learner, u=update: (i.draw(), u()), iql_products(iql_args)))
         for members, width, layers in ((2, 8, 2),) if args.small else ((10, 200, 3), (100, 256, 4)):
-            work = dynamics_work(members, 256, width, layers, device, compiled, precision)
+            work = dynamics_work(members, 256, width, layers, device, compiled, bfloat16)
             work.name += end
             works.append(work)
-        if precision == "bfloat16":  # not of policy iteration
+        if bfloat16:  # not of policy iteration
             continue
         # The shapes of one update, whatever an option's default is at the moment: named in full
         models = dict(pool_size=10, active_models=10, **small)
@@ -213,7 +211,7 @@ def floor(products: list[Product], device: torch.device) -> Callable[[], object]
                 torch.bmm(b.mT, a.mT, out=c.view(size, 1, m))
             else:
                 torch.bmm(a, b, out=c)
-        return c[:1, 0]
+        return c[:1, 0]  # iql.Captured copies what a step returns
 
     return iql.Captured(step) if device.type == "cuda" else step
 

@@ -156,6 +156,7 @@ def pretended_gpu():
         is_available=lambda: True, is_initialized=lambda: True, get_device_name=lambda device=None: "a pretended GPU",
         CUDAGraph=Graph, graph=captured, Stream=lambda: stream, current_stream=lambda: stream,
         stream=lambda s: contextlib.nullcontext(), synchronize=lambda: None, manual_seed_all=lambda seed: None,
+        is_bf16_supported=lambda including_emulation: True,
         get_rng_state=lambda: torch.ones(16, dtype=torch.uint8), set_rng_state=lambda state: None,
     )  # fmt: skip
 

@@ -100,12 +100,12 @@ def test_tensors_of_two_devices_do_not_meet():
 
 PSPO = dict(
     dataset_episodes=200, eval_episodes=20, final_episodes=50, eval_every=10, pool_size=4, active_models=3,
-    redraw_every=8, dynamics_hidden=16, dynamics_layers=1, dynamics_epochs=1, dynamics_batch=256, evidence_rows=16,
-    iterations=30, batch_size=32, hidden=16, model_samples=2, action_samples=4, bc_updates=20,
+    redraw_every=8, dynamics_hidden=16, dynamics_layers=2, dynamics_epochs=1, dynamics_batch=256, evidence_rows=16,
+    dynamics_bfloat16=True, iterations=30, batch_size=32, hidden=16, model_samples=2, action_samples=4, bc_updates=20,
 )  # fmt: skip
 IQL = dict(
     dataset_episodes=200, eval_episodes=20, final_episodes=50, eval_every=20, iterations=20, online_steps=20, hidden=8,
-    batch_size=16,
+    batch_size=16, bfloat16=True,
 )  # fmt: skip
 
 
@@ -146,12 +146,15 @@ def test_steering(tmp_path):
     assert (gpu / "cells.csv").read_bytes() == (cpu / "cells.csv").read_bytes()
 
 
-def test_the_benchmark_has_rows_of_a_gpu(tmp_path):
+def test_the_benchmark_has_rows_of_a_gpu(tmp_path, monkeypatch):
     speed, threads = bench(), torch.get_num_threads()
+    monkeypatch.setattr(speed, "keep_memory", lambda: None)  # for a process of its own
     with pretended_gpu():
-        speed.main(speed.Args(small=True, rounds=3, threads=(1,), evaluation=False, output=tmp_path / "speed"))
-    torch.set_num_threads(threads)
+        speed.main(speed.Args(small=True, rounds=3, threads=(threads,), evaluation=False, output=tmp_path / "speed"))
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
-    works = [[row["work"] for row in rows if row["where"] == where] for where in ("CPU, 1 threads", "a pretended GPU")]
+    works = [
+        [row["work"] for row in rows if row["where"] == where]
+        for where in (f"CPU, {threads} threads", "a pretended GPU")
+    ]
     assert works[0] == works[1] and len(works[1]) == 5
     assert "not measured" not in (tmp_path / "speed.md").read_text()

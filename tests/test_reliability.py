@@ -191,7 +191,8 @@ def test_too_little_memory_is_a_line(script, error, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.exit_cleanly(work)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: out of memory (")
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (") and str(error)[-20:] in said and "enforce" not in said
 
 
 def test_a_bug_is_not_too_little_memory(script, tmp_path):
