@@ -31,7 +31,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runner import Job, UserError, execute, interval, read_csv, require  # noqa: E402
+from runner import Job, UserError, execute, interval, keep_data_folders, read_csv, require  # noqa: E402
 
 import iql  # noqa: E402  (the scripts are not installed; they lie in the repository's root)
 
@@ -239,6 +239,7 @@ def figure(results: Path, path: Path) -> None:
 
 def compare(args: Args) -> None:
     """Run what has not been run, and write table, curves and figure. Raises UserError."""
+    keep_data_folders()
     plan = [(who, seed) for seed in args.seeds for who in WHO]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(plan, pool.map(lambda cell: run_one(args, *cell), plan), strict=True))

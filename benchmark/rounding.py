@@ -36,10 +36,7 @@ class Args:
 def advantage_error(learner: iql.IQL, rows: torch.Tensor) -> tuple[float, float]:
     """Standard deviations over rows (n,): of Q(s, a) - V(s), and of what rounding adds to it."""
     obs, action = learner.data["observations"][rows], learner.data["actions"][rows]
-    exact, rounded = (
-        learner.target_critic(obs, action, bfloat16).amin(0) - learner.value(obs, bfloat16)
-        for bfloat16 in (False, True)
-    )  # fmt: skip
+    exact, rounded = (learner.target_critic(obs, action, b).amin(0) - learner.value(obs, b) for b in (False, True))
     return exact.std().item(), (rounded - exact).std().item()
 
 

@@ -133,6 +133,13 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
+def keep_data_folders() -> None:
+    """Relative folders in the environment are the user's, wherever `execute` starts a run from here on."""
+    for name in ("D4RL_DATASET_DIR", "MINARI_DATASETS_PATH"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
+
+
 def execute(command: list[str], cwd: str, log: str) -> int:
     """Run a command, its output appended to a file; returns the exit status."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
@@ -179,9 +186,7 @@ ENGINES: dict[str, Callable] = {"local": run_local, "ray": run_ray}
 
 def run_jobs(jobs: list[Job], workers: int, engine: str = "local") -> list[str]:
     """Run what is not done; returns a line for every job that failed."""
-    for name in ("D4RL_DATASET_DIR", "MINARI_DATASETS_PATH"):
-        if os.environ.get(name):  # the runs start in another folder than the user did
-            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
+    keep_data_folders()
     todo = [job for job in jobs if job.state() != "done"]
     commands = [(job.command(), str(ROOT), str(job.folder / "log.txt")) for job in todo]
     failed = []

@@ -27,16 +27,15 @@ def is_gpu(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-def place(tree, gpu: bool):
-    """Mark all tensors of `tree` as being on the GPU or on the CPU; returns `tree`."""
-    for x in tree_leaves(tree):
-        if isinstance(x, torch.Tensor):
-            x.pretended = gpu
-    return tree
-
-
 def tensors_of(tree) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def place(tree, gpu: bool):
+    """Mark all tensors of `tree` as being on the GPU or on the CPU; returns `tree`."""
+    for x in tensors_of(tree):
+        x.pretended = gpu
+    return tree
 
 
 class Device(TorchFunctionMode):
@@ -127,8 +126,8 @@ class Graph:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for func, args, kwargs, result in self.tape:
                 again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                for old, new in zip(tensors_of(result), tensors_of(again), strict=True):
+                    if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 

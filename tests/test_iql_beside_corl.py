@@ -1,5 +1,6 @@
 """benchmark/iql_beside_corl.py with a stand-in for CORL's checkout: a random policy that uses all that CORL uses."""
 
+import os
 import subprocess
 import sys
 import time
@@ -129,7 +130,10 @@ def test_table_curves_and_figure(args, monkeypatch):
         return {"curve": [(10, 1.0), (20, level), (30, level + seed)], "final": level - seed, "data_sha256": "same"}
 
     monkeypatch.setattr(iql_beside_corl, "run_one", run_one)
+    monkeypatch.chdir(args.corl.parent)
+    monkeypatch.setenv("D4RL_DATASET_DIR", ".")
     iql_beside_corl.compare(args)
+    assert os.environ["D4RL_DATASET_DIR"] == str(args.corl.parent)  # the runs start in the repository
     rows = iql_beside_corl.read_csv(args.docs_dir / "results/iql_beside_corl_hopper-medium-v2.csv")
     assert len(rows) == 3 * 2 * 4 and {row["data"] for row in rows} == {"not D4RL's file"}
     assert {row["score"] for row in rows if (row["who"], row["seed"]) == ("ours", "2")} == {
