@@ -1,54 +1,41 @@
 """Optimal liquidation: sell 100 units of a currency within 20 steps while its price wanders.
 
-The stochastic benchmark of PSPO (arXiv 2605.07393, appendix 12.1.2), with the dynamics of the 1R2R benchmark.
-State (t, m, p): step, inventory, price.  Action a ∈ [−1, 1]: sell the fraction max(a, 0) of the inventory.
+The stochastic benchmark of PSPO (arXiv 2605.07393, appendix 12.1.2, scores of Table 4), with 1R2R's dynamics.
+State (t, m, p): step, inventory, price. Action a ∈ [−1, 1]: sell the fraction max(a, 0) of the inventory.
 
-    price          p₀ ~ N(1, 0.05²),  p' = clip(p + θ(p̄ − p)dt + σ√dt·z, 0, 5),  z ~ N(0, 1)
-    inventory      m' = m − sold,  sold = max(a, 0)·m
-    reward         r = sold·p, at the price seen before the step; the episode ends at t' = 20 or when m' < 0.1
-    optimum        V*(t, p) = max(p, γ E[V*(t+1, p')]) per unit of inventory, and V*(20, ·) = 0
-    score          100·return / 135
+    price       p₀ ~ N(1, 0.05²),  p' = clip(p + θ(p̄ − p)dt + σ√dt·z, 0, 5),  z ~ N(0, 1)
+    inventory   m' = m − sold,  sold = max(a, 0)·m
+    reward      r = sold·p, at the price before the step; the episode ends at t' = 20 or when m' < 0.1
+    optimum     V(t, p) = max(p, γ E[V(t+1, p')]) per unit of inventory, V(20, ·) = 0
+    score       100·return / 135
 
 The return is linear in every sale, so selling all or nothing is optimal: a stopping problem with a boundary
-p*(t), solved here to four digits.  Nobody can earn more than 137.48 (score 101.8) in expectation.
+p*(t), solved here to four digits. Nobody can earn more than 137.48 (score 101.8) in expectation.
 
-    python liquidation_env.py                                # the baselines against the optimum, 2 seconds
-    python liquidation_env.py --episodes 100000 --discount 0.98 --output liquidation.png
-
-    env = gymnasium.make("liquidation_env:Liquidation-v0")                       # one copy
+    python liquidation_env.py [--output figure.png]      # the baselines' table, and a figure: 2 seconds
     envs = gymnasium.make_vec("liquidation_env:Liquidation-v0", num_envs=4096)   # all copies in one array
 """
 
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import lru_cache
 
 import gymnasium as gym
 import numpy as np
 import tyro
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 
-ENV_ID = "Liquidation-v0"
-MAX_PRICE = 5.0  # the price is clipped to [0, MAX_PRICE]
-MIN_INVENTORY = 0.1  # less than this counts as sold out
-HOLD_PROBABILITY = 0.8  # of the behaviour policy
-RANDOM_RETURN, EXPERT_RETURN = 0.0, 135.0  # scores 0 and 100 (PSPO, Table 4)
-GRID_POINTS, QUADRATURE_NODES = 2001, 64  # values to about 0.01
-
-Policy = Callable[[np.ndarray], np.ndarray]  # observations (..., 3) → actions (..., 1)
+MAX_PRICE = 5.0  # prices are clipped to [0, MAX_PRICE]
+EXPERT = 135.0  # the return of score 100; score 0 is a return of 0 (PSPO, Table 4)
+Policy = Callable[[np.ndarray], np.ndarray]  # observations (n, 3) → actions (n, 1)
 
 
-# --- Dynamics -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Market:
-    """The problem's parameters; the defaults are the benchmark's. Raises ValueError that names a bad one."""
+    """The problem's parameters; the defaults are the benchmark's."""
 
     theta: float = 0.05  # θ, rate of mean reversion
-    mean_price: float = 1.5  # p̄, long-run price
+    mean_price: float = 1.5  # p̄
     sigma: float = 0.2  # σ, volatility
     dt: float = 1.0
     horizon: int = 20  # steps in an episode
@@ -57,419 +44,217 @@ class Market:
     inventory: float = 100.0  # units to sell
 
     def __post_init__(self) -> None:
-        rules = {
-            "theta": self.theta >= 0 and self.theta * self.dt <= 1,  # no overshooting of the mean
-            "mean_price": 0 <= self.mean_price <= MAX_PRICE,
-            "sigma": self.sigma >= 0,
-            "dt": self.dt > 0,
-            "horizon": isinstance(self.horizon, (int, np.integer)) and self.horizon >= 1,
-            "initial_price": 0 <= self.initial_price <= MAX_PRICE,
-            "initial_price_std": self.initial_price_std >= 0,
-            "inventory": self.inventory >= MIN_INVENTORY,
-        }
-        for name, holds in rules.items():
-            if not (holds and np.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} is out of range: {getattr(self, name)}")
+        if not (0 <= self.theta * self.dt <= 1 and self.sigma * self.dt**0.5 >= 0.02 and 0 <= self.mean_price <= 5.0):
+            raise ValueError(f"0 ≤ θ·dt ≤ 1, σ√dt ≥ 0.02 (four cells of `solve`) and 0 ≤ p̄ ≤ 5 must hold, not {self}")
 
+    def first_state(self, noise: np.ndarray) -> np.ndarray:
+        """Standard normal noise (n,) → states (n, 3)."""
+        price = np.clip(self.initial_price + self.initial_price_std * noise, 0.0, MAX_PRICE)
+        return np.stack([np.zeros_like(price), np.full_like(price, self.inventory), price], axis=1)
 
-def first_price(market: Market, noise: np.ndarray) -> np.ndarray:
-    """Price at reset for standard normal noise of any shape."""
-    return np.clip(market.initial_price + market.initial_price_std * noise, 0.0, MAX_PRICE)
+    def next_price(self, price: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+        """One Euler step of the Ornstein–Uhlenbeck price."""
+        drift = self.theta * (self.mean_price - price) * self.dt
+        return np.clip(price + drift + self.sigma * math.sqrt(self.dt) * noise, 0.0, MAX_PRICE)
 
-
-def next_price(market: Market, price: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """One Euler step of the Ornstein–Uhlenbeck price, clipped; price and noise broadcast."""
-    drift = market.theta * (market.mean_price - price) * market.dt
-    return np.clip(price + drift + market.sigma * np.sqrt(market.dt) * noise, 0.0, MAX_PRICE)
-
-
-def transition(market: Market, step, inventory, price, fraction, noise) -> tuple[np.ndarray, ...]:
-    """The one transition function of everything in this file; arrays of one shape, or scalars.
-
-    `fraction` of the inventory is sold, in [0, 1]. Returns step', inventory', price', reward, terminated.
-    """
-    sold = fraction * inventory
-    left = inventory - sold
-    terminated = (step + 1 >= market.horizon) | (left < MIN_INVENTORY)
-    return step + 1, left, next_price(market, price, noise), sold * price, terminated
-
-
-def sale_fraction(action: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """max(a, 0) of actions clipped to [−1, 1], without the last axis; ValueError for NaN or a wrong shape."""
-    action = np.asarray(action, dtype=np.float64)
-    if action.shape != shape:
-        raise ValueError(f"action has shape {action.shape}, expected {shape}")
-    if np.isnan(action).any():
-        raise ValueError("action is NaN")
-    return np.clip(action[..., 0], 0.0, 1.0)
-
-
-def spaces(market: Market) -> tuple[gym.spaces.Box, gym.spaces.Box]:
-    """Observation box [t, m, p] in raw units and action box, both float32."""
-    high = np.array([market.horizon, market.inventory, MAX_PRICE], dtype=np.float32)
-    return gym.spaces.Box(np.zeros(3, np.float32), high), gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
-
-
-# --- Environments -------------------------------------------------------------------------------------------
-class LiquidationEnv(gym.Env):
-    """One copy. Observation float32 (3,): step 0…20, inventory 0…100, price 0…5. Action float32 (1,).
-
-    Keyword arguments are `Market`'s fields. Out-of-range actions are clipped, NaN raises ValueError. The
-    price path depends on the seed and the number of resets only: the noise of an episode is drawn at reset.
-    """
-
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 4}
-
-    def __init__(self, render_mode: str | None = None, **parameters: float) -> None:
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
-        self.render_mode = render_mode
-        self.market = Market(**parameters)
-        self.observation_space, self.action_space = spaces(self.market)
-        self._done = True
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode; `options` is not used."""
-        super().reset(seed=seed)
-        self._noise = self.np_random.standard_normal(self.market.horizon + 1)
-        self._step, self._inventory = 0, self.market.inventory
-        self._price = first_price(self.market, self._noise[0])
-        self._history = [(self._inventory, self._price)]  # what render draws
-        self._done = False
-        return self._observation(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Sell, then move the price. Never truncates. Raises ResetNeeded outside an episode."""
-        if self._done:
-            raise gym.error.ResetNeeded("call reset() first: no episode is under way")
-        fraction = sale_fraction(action, (1,))
-        self._step, self._inventory, self._price, reward, terminated = transition(
-            self.market, self._step, self._inventory, self._price, fraction, self._noise[self._step + 1]
-        )
-        self._history.append((self._inventory, self._price))
-        self._done = bool(terminated)
-        return self._observation(), float(reward), self._done, False, {}
-
-    def _observation(self) -> np.ndarray:
-        return np.array([self._step, self._inventory, self._price], dtype=np.float32)
-
-    def render(self) -> np.ndarray | None:
-        """uint8 (200, 21·20, 3): the price as a dark line over the inventory as light bars."""
-        if self.render_mode is None:
-            return None
-        height, width = 200, 20  # of the image, of one step in it
-        history = np.array(self._history)  # (t + 1, 2)
-        image = np.full((height, width * (self.market.horizon + 1), 3), 255, dtype=np.uint8)
-        row = np.arange(height)[::-1, None]  # 0 at the bottom
-        bar = np.repeat(history[:, 0] / self.market.inventory, width) * (height - 1)
-        image[:, : len(bar)][row <= bar] = (190, 214, 236)
-        x = np.arange(width * (len(history) - 1) + 1)
-        line = np.interp(x / width, np.arange(len(history)), history[:, 1]) / MAX_PRICE * (height - 1)
-        thickness = 1.5 + np.abs(np.gradient(line)) / 2 if len(line) > 1 else 1.5  # steep parts stay joined
-        image[:, width // 2 : width // 2 + len(x)][np.abs(row - line) <= thickness] = (31, 58, 95)
-        return image
+    def transition(self, state: np.ndarray, action: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, ...]:
+        """States (n, 3), actions (n, 1), noise (n,) → next states (n, 3), rewards (n,), terminated (n,)."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (len(state), 1) or np.isnan(action).any():
+            raise ValueError(f"actions must be {len(state)} rows of one number, not {action}")
+        step, inventory, price = state.T
+        sold = np.clip(action[:, 0], 0.0, 1.0) * inventory
+        terminated = (step + 1 >= self.horizon) | (inventory - sold < 0.1)  # so little counts as sold out
+        return np.stack([step + 1, inventory - sold, self.next_price(price, noise)], axis=1), sold * price, terminated
 
 
 class LiquidationVectorEnv(gym.vector.VectorEnv):
-    """`num_envs` copies in arrays: observations float32 (n, 3), actions (n, 1), rewards float64 (n,).
-
-    Autoreset is NEXT_STEP: the step that ends an episode returns its true last observation; the next step
-    ignores the copy's action and returns the new episode's first observation, reward 0, terminated False.
-    Noise is drawn for all copies at every step, so the price path of copy i's first episode after a seeded
-    reset depends on the seed and `num_envs` only; later episodes start where the actions end earlier ones.
-    """
-
-    metadata: ClassVar[dict] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    """Observations float32 (n, 3): t, m, p; actions (n, 1); rewards float64 (n,). Keywords are `Market`'s fields."""
 
     def __init__(self, num_envs: int = 1, **parameters: float) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
+        self.market = market = Market(**parameters)
         self.num_envs = num_envs
-        self.market = Market(**parameters)
-        self.single_observation_space, self.single_action_space = spaces(self.market)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._done: np.ndarray | None = None
+        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}  # the step after the end starts anew
+        self.single_observation_space = gym.spaces.Box(0.0, np.float32([market.horizon, market.inventory, MAX_PRICE]))
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode in every copy; `options` is not used."""
         super().reset(seed=seed)
-        self._step = np.zeros(self.num_envs)
-        self._inventory = np.full(self.num_envs, float(self.market.inventory))
-        self._price = first_price(self.market, self.np_random.standard_normal(self.num_envs))
-        self._done = np.zeros(self.num_envs, dtype=bool)
-        return self._observation(), {}
+        self.state = self.market.first_state(self.np_random.standard_normal(self.num_envs))
+        self.ended = np.zeros(self.num_envs, dtype=bool)
+        return self.state.astype(np.float32), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Step every copy, or reset it if its episode ended at the step before. Never truncates."""
-        if self._done is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        fraction = sale_fraction(actions, (self.num_envs, 1))
-        noise = self.np_random.standard_normal(self.num_envs)
-        self._step, self._inventory, self._price, reward, terminated = transition(
-            self.market, self._step, self._inventory, self._price, fraction, noise
-        )
-        if (again := self._done).any():
-            self._step[again], self._inventory[again] = 0.0, self.market.inventory
-            self._price[again] = first_price(self.market, noise[again])
-            reward[again], terminated[again] = 0.0, False
-        self._done = terminated.copy()  # the caller may write into what it gets
-        return self._observation(), reward, terminated, np.zeros(self.num_envs, dtype=bool), {}
-
-    def _observation(self) -> np.ndarray:
-        observation = np.empty((self.num_envs, 3), dtype=np.float32)
-        observation[:, 0], observation[:, 1], observation[:, 2] = self._step, self._inventory, self._price
-        return observation
+        noise = self.np_random.standard_normal(self.num_envs)  # also for ended copies: one seed, one set of prices
+        state, reward, terminated = self.market.transition(self.state, actions, noise)
+        self.state = np.where(self.ended[:, None], self.market.first_state(noise), state)
+        reward, self.ended = np.where(self.ended, 0.0, reward), terminated & ~self.ended
+        return self.state.astype(np.float32), reward, self.ended.copy(), np.zeros_like(self.ended), {}
 
 
-if ENV_ID not in gym.registry:  # running the file and importing it are two modules with one registry
-    gym.register(
-        ENV_ID, entry_point="liquidation_env:LiquidationEnv", vector_entry_point="liquidation_env:LiquidationVectorEnv"
-    )
+class LiquidationEnv(gym.Env):
+    """One copy: observations float32 (3,), actions (1,). Reset it after an episode's end."""
+
+    def __init__(self, **parameters: float) -> None:
+        self.one = LiquidationVectorEnv(1, **parameters)
+        self.observation_space, self.action_space = self.one.single_observation_space, self.one.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.one.np_random = self.np_random
+        return self.one.reset()[0][0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        observation, reward, terminated, _, _ = self.one.step(np.asarray(action)[None])
+        return observation[0], float(reward[0]), bool(terminated[0]), False, {}
 
 
-# --- Exact solution -----------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class OptimalValue:
-    """The solved stopping problem: sell everything at step t when p ≥ boundary[t]."""
-
-    value: float  # expected (discounted) return from the start distribution, in reward units
-    boundary: np.ndarray  # (horizon,); 0 at the last step
-    prices: np.ndarray  # (GRID_POINTS,)
-    table: np.ndarray  # (horizon, GRID_POINTS), V(t, p) per unit of inventory
+gym.register("Liquidation-v0", LiquidationEnv, vector_entry_point=LiquidationVectorEnv)
 
 
-def _backward_induction(market: Market, discount: float, boundary: np.ndarray | None) -> OptimalValue:
-    """V(t, p) = p where it sells, else γ E[V(t+1, p')]. Sells where that is best if `boundary` is None."""
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount must lie in [0, 1], not {discount}")
-    z, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
-    weights = weights / weights.sum()
-    prices = np.linspace(0.0, MAX_PRICE, GRID_POINTS)
-    optimise = boundary is None
-    boundary = np.zeros(market.horizon) if optimise else np.clip(boundary, 0.0, 2 * MAX_PRICE)  # inf·0 is NaN
-    table = np.empty((market.horizon, GRID_POINTS))
-
-    # At a boundary b that is not optimal V jumps. Quadrature needs a continuous function, so V is kept as a
-    # continuous part and a jump at b, whose expectation is a normal tail. Both are 0 after the horizon.
-    continuous, jump, b = np.zeros(GRID_POINTS), 0.0, 0.0
-
-    def expectation(price_of: Callable[[np.ndarray], np.ndarray], std: float) -> np.ndarray:
-        mean = price_of(np.zeros(1))[..., 0]
-        # The slack and the floor let a price without noise that equals b sell there.
-        sells = 0.5 * np.vectorize(math.erfc)((b - 1e-9 - mean) / (max(std, 1e-12) * math.sqrt(2.0)))
-        sells = np.where(b > MAX_PRICE, 0.0, np.where(b <= 0.0, 1.0, sells))
-        return np.interp(price_of(z), prices, continuous) @ weights + jump * sells
-
+@lru_cache
+def solve(discount: float = 1.0, **parameters: float) -> tuple[float, np.ndarray]:
+    """The policy that is optimal for a discount in [0, 1]: what it earns undiscounted, and its boundary (horizon,)."""
+    market, price = Market(**parameters), np.linspace(0.0, MAX_PRICE, 1001)
+    edges = np.concatenate([[-np.inf], (price[1:] + price[:-1]) / 2, [np.inf]])  # the outer cells take what is clipped
+    mean = np.append(market.next_price(price, 0.0), market.initial_price)  # the last row is the price at reset
+    std = np.append(np.full(len(price), market.sigma * math.sqrt(market.dt)), max(market.initial_price_std, 1e-9))
+    z = (edges - mean[:, None]) / std[:, None]
+    chances = np.diff(0.5 + 0.5 * np.vectorize(math.erf)(z / math.sqrt(2.0)), axis=1)  # (G + 1, G)
+    matrix, boundary = chances[:-1], np.zeros(market.horizon)
+    value = earned = np.zeros_like(price)  # (G,), per unit of inventory; discounted, and not
     for t in reversed(range(market.horizon)):
-        std = market.sigma * math.sqrt(market.dt)
-        hold = discount * expectation(lambda noise: next_price(market, prices[:, None], noise), std)
-        gain = prices - hold  # of selling now; increasing in the price
-        if optimise and (i := int(np.argmax(gain >= -1e-12))) > 0:  # a tie, up to rounding, sells
-            boundary[t] = np.interp(0.0, gain[i - 1 : i + 1], prices[i - 1 : i + 1])
-        b = boundary[t]
-        table[t] = np.where(prices >= b, prices, hold)
-        jump = b - np.interp(b, prices, hold)
-        continuous = np.where(prices >= b, prices - jump, hold)
-    value = market.inventory * expectation(lambda noise: first_price(market, noise), market.initial_price_std)
-    return OptimalValue(float(value), boundary, prices, table)
+        hold = discount * matrix @ value  # γ P V
+        boundary[t] = np.interp(0.0, price - hold, price)  # the gain of selling now increases with the price
+        value = np.maximum(price, hold)
+        sells = np.clip((price - boundary[t]) / price[1] + 0.5, 0.0, 1.0)  # the share of the cell above the boundary
+        earned = sells * price + (1.0 - sells) * (matrix @ earned)
+    return float(market.inventory * chances[-1] @ earned), boundary
 
 
-def optimal_value(discount: float = 1.0, **parameters: float) -> OptimalValue:
-    """Optimal stopping by dynamic programming over a price grid with Gauss–Hermite quadrature.
-
-    `discount` in [0, 1], else ValueError; `parameters` are `Market`'s. With discount < 1 value and table are
-    discounted; what that policy earns undiscounted is `threshold_value(optimal_value(discount).boundary)`.
-    """
-    return _backward_induction(Market(**parameters), discount, None)
-
-
-def threshold_value(boundary: np.ndarray, discount: float = 1.0, **parameters: float) -> float:
-    """Expected return, in reward units, of selling everything when p ≥ boundary[t], by the same quadrature.
-
-    `boundary` has shape (horizon,), inf where it never sells; what is unsold at the end earns nothing.
-    """
-    market, boundary = Market(**parameters), np.asarray(boundary, dtype=np.float64)
-    if boundary.shape != (market.horizon,) or np.isnan(boundary).any():
-        raise ValueError(f"boundary must be {market.horizon} numbers, got shape {boundary.shape}")
-    return _backward_induction(market, discount, boundary).value
-
-
-# --- Policies -----------------------------------------------------------------------------------------------
 def threshold_policy(boundary: np.ndarray) -> Policy:
-    """Sell everything (1.0) when p ≥ boundary[t], else hold (−1.0)."""
-    boundary = np.asarray(boundary, dtype=np.float64)
-
-    def policy(observation: np.ndarray) -> np.ndarray:
-        step = np.minimum(observation[..., 0].astype(int), len(boundary) - 1)  # t = horizon when it has ended
-        return np.where(observation[..., 2] >= boundary[step], 1.0, -1.0)[..., None].astype(np.float32)
-
-    return policy
+    """Sell everything (1) when p ≥ boundary[t], else hold (−1)."""
+    boundary = np.append(boundary, 0.0)  # the observation after the end has t = horizon
+    return lambda observation: np.where(observation[:, 2:] >= boundary[observation[:, :1].astype(int)], 1.0, -1.0)
 
 
-def optimal_policy(discount: float = 1.0, **parameters: float) -> Policy:
-    """The policy that is exactly optimal for this discount."""
-    return threshold_policy(optimal_value(discount, **parameters).boundary)
-
-
-def hold_then_sell_policy(**parameters: float) -> Policy:
-    """Hold until the last step, then sell everything."""
-    return threshold_policy(np.append(np.full(Market(**parameters).horizon - 1, np.inf), 0.0))
-
-
-def twap_policy(**parameters: float) -> Policy:
-    """The same amount at every step: the fraction 1/(horizon − t) of what is left."""
-    horizon = Market(**parameters).horizon
-    return lambda observation: 1.0 / np.maximum(horizon - observation[..., :1], 1.0)
-
-
-def behaviour_policy(seed: int = 0) -> Policy:
-    """The data's policy: with probability 0.8 hold, a ~ U[−1, 0), else a ~ U(0, 1]. Owns a generator."""
+def behaviour_policy(seed: int) -> Policy:
+    """The data's policy: with probability 0.8 hold, a ~ U[−1, 0), else a ~ U(0, 1]."""
     rng = np.random.default_rng([seed, 1])  # not the stream of an environment with the same seed
-
-    def policy(observation: np.ndarray) -> np.ndarray:
-        shape = (*observation.shape[:-1], 1)
-        hold, u = rng.random(shape) < HOLD_PROBABILITY, rng.random(shape, dtype=np.float32)
-        return np.where(hold, u - 1, 1 - u)  # u < 1, so neither is ever 0
-
-    return policy
+    return lambda obs: np.sign(rng.random((len(obs), 1)) - 0.8) * (1 - rng.random((len(obs), 1), dtype=np.float32))
 
 
-# Each entry makes a policy; called without arguments, for the benchmark's parameters.
-BASELINES: dict[str, Callable[..., Policy]] = {
-    "optimal": optimal_policy,
-    "hold-then-sell": hold_then_sell_policy,
-    "TWAP": twap_policy,
-    "behaviour": behaviour_policy,
-}
-
-
-# --- Data and evaluation ------------------------------------------------------------------------------------
-def rollout(policy: Policy, num_episodes: int, seed: int, **parameters: float) -> Iterator[tuple]:
-    """Yield (o, a, r, o', terminated, alive) of each step; one episode in each of `num_episodes` copies."""
-    env = LiquidationVectorEnv(num_episodes, **parameters)
-    observation, _ = env.reset(seed=seed)
-    alive = np.ones(num_episodes, dtype=bool)
+def play(policy: Policy, num_episodes: int, seed: int, **parameters: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One episode in each of n copies: N rows in D4RL's layout, episode after episode, and the returns (n,)."""
+    envs = LiquidationVectorEnv(num_episodes, **parameters)
+    observation, _ = envs.reset(seed=seed)
+    alive, returns, rows = np.ones(num_episodes, dtype=bool), np.zeros(num_episodes), []
     while alive.any():
-        action = policy(observation)
-        next_observation, reward, terminated, _, _ = env.step(action)
-        yield observation, action, reward, next_observation, terminated, alive
-        observation, alive = next_observation, alive & ~terminated
+        action = np.float32(policy(observation))
+        following, reward, terminated, truncated, _ = envs.step(action)
+        rows.append((observation, action, np.float32(reward), following, terminated, truncated, alive))
+        returns += reward * alive
+        observation, alive = following, alive & ~terminated
+    *columns, alive = (np.stack(column, axis=1) for column in zip(*rows, strict=True))  # (n, T, …)
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    return {name: column[alive] for name, column in zip(names, columns, strict=True)}, returns
 
 
 def evaluate(policy: Policy, num_episodes: int, seed: int, **parameters: float) -> np.ndarray:
-    """Undiscounted returns, float64 (num_episodes,), one episode each.
-
-    Episode i has the same price path for every policy under the same seed and num_episodes: compare in pairs.
-    """
-    steps = rollout(policy, num_episodes, seed, **parameters)
-    return sum(alive * reward for _, _, reward, _, _, alive in steps)
-
-
-def score(returns: np.ndarray | float) -> np.ndarray | float:
-    """PSPO's Eq. (15): 0 at return 0, 100 at return 135."""
-    return 100.0 * (returns - RANDOM_RETURN) / (EXPERT_RETURN - RANDOM_RETURN)
+    """Undiscounted returns, float64 (n,). Episode i has the same prices for every policy: compare in pairs."""
+    return play(policy, num_episodes, seed, **parameters)[1]
 
 
 def behaviour_dataset(num_episodes: int, seed: int, **parameters: float) -> dict[str, np.ndarray]:
-    """Offline data of the behaviour policy in D4RL's layout, N rows, episode after episode.
+    """The behaviour policy's rows in D4RL's layout, float32 and bool; terminal rows keep their true next ones."""
+    return play(behaviour_policy(seed), num_episodes, seed, **parameters)[0]
 
-    observations, next_observations float32 (N, 3), actions float32 (N, 1), rewards float32 (N,), terminals
-    and timeouts bool (N,). The next observation of a terminal row is the true one; no row is a timeout.
-    """
-    steps = rollout(behaviour_policy(seed), num_episodes, seed, **parameters)
-    columns = [np.stack(column, axis=1) for column in zip(*steps, strict=True)]  # (episode, step, …)
-    alive = columns.pop()
-    observations, actions, rewards, next_observations, terminals = (column[alive] for column in columns)
+
+def compare(returns: np.ndarray, seed: int, gamma: float = 1.0) -> dict[str, float]:
+    """Returns (n,) of `make_vec(…, num_envs=n)` reset with `seed`, against the optimal policy's on the same prices."""
+    optimum, boundary = solve()
+    difference = returns - evaluate(threshold_policy(boundary), len(returns), seed)
     return {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards.astype(np.float32),
-        "next_observations": next_observations,
-        "terminals": terminals,
-        "timeouts": np.zeros_like(terminals),
+        "optimum": optimum,
+        "optimum_score": 100.0 * optimum / EXPERT,
+        "share_of_optimum": float(1.0 + difference.mean() / optimum),
+        "share_of_optimum_ci95": float(1.96 * difference.std(ddof=1) / math.sqrt(len(returns)) / optimum),
+        "share_of_discount_ceiling": float((optimum + difference.mean()) / solve(gamma)[0]),  # best that γ allows
     }
 
 
-# --- Command line -------------------------------------------------------------------------------------------
+def draw_boundary(ax, act: Policy, gamma: float = 1.0) -> None:
+    """Colours: the fraction that `act`, (B, 3) float32 → (B, 1), sells at inventory 100. Lines: exact boundaries."""
+    step, price = np.meshgrid(np.arange(20), np.linspace(0.5, 2.75, 226))
+    observation = np.stack([step, np.full(step.shape, 100), price], axis=-1, dtype=np.float32)
+    sold = np.clip(np.asarray(act(observation.reshape(-1, 3))), 0.0, 1.0).reshape(step.shape)
+    ax.figure.colorbar(ax.pcolormesh(step, price, sold, cmap="Blues", vmin=0, vmax=1), ax=ax, label="fraction sold")
+    for discount, style in {gamma: "--", 1.0: "-"}.items():
+        ax.plot(solve(discount)[1], style, color="#d55e00", label=f"exact boundary, γ = {discount:g}")
+    ax.set(xlabel="step $t$", ylabel="price $p$", ylim=(0.5, 2.75), xticks=range(0, 20, 2))
+    ax.legend(loc="upper right")
+
+
+def market_warning(data: dict[str, np.ndarray]) -> str:
+    """Empty if `data` fit the default market, else one line: what differs by 5 standard errors and 5% of σ."""
+    market, other = Market(), "these data are of another market: "
+    step, inventory, price = np.asarray(data["observations"], dtype=np.float64).T
+    if step.max() >= market.horizon:
+        return other + f"the data reach step {step.max():g}, the market ends at {market.horizon}"
+    if inventory.max() > market.inventory:
+        return other + f"the inventory reaches {inventory.max():g}, the market's is {market.inventory:g}"
+    left, terminal = inventory * (1 - data["actions"][:, 0].clip(0, 1)), data["terminals"]
+    if (terminal & (step + 1 < market.horizon) & (left > 0.101)).any():
+        return other + f"episodes end before step {market.horizon} with more than 0.1 left"
+    inside = ~terminal & (abs(price - 2.5) < 2.5 - 4 * market.sigma)  # p' is known, and hardly ever clipped
+    if inside.sum() < 3:
+        return other + "hardly any price lies between 0.8 and 4.2, where the market starts"
+    z = (data["next_observations"][:, 2] - market.next_price(price, 0.0))[inside] / market.sigma  # N(0, 1), any p
+    errors = np.abs([z.mean(), z.std() - 1.0, np.corrcoef(z, price[inside])[0, 1]])  # standard errors below 1/√n
+    if errors.max() <= max(5.0 / math.sqrt(len(z)), 0.05):
+        return ""
+    slope, constant = np.polyfit(price[inside], 0.2 * z, 1)  # least squares: what p' − p = θp̄ − θp + σz lacks
+    return other + f"θ is {0.05 - slope:.3f}, θp̄ {0.075 + constant:.3f}, σ {0.2 * z.std():.3f}, not 0.05, 0.075, 0.2"
+
+
 @dataclass
 class Args:
-    """Compare the baselines with the exact optimum on the same price paths, and draw them."""
+    """Compare the baselines with the exact optimum on the same prices."""
 
-    episodes: int = 10_000
-    """episodes of each policy"""
-    seed: int = 0
-    """seed of the price paths and of the behaviour policy"""
-    discount: float = 0.99
-    """γ of the second optimal policy, to see what a discount costs; the first one has γ = 1"""
-    output: Path = Path("liquidation.png")
-    """where to save the figure"""
-
-
-def draw_figure(path: Path, solutions: dict[str, OptimalValue], returns: dict[str, np.ndarray]) -> None:
-    """Left: price paths and the stopping boundaries. Right: the distribution of each policy's return."""
-    import matplotlib  # here, because an environment must import fast
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    optimum = solutions["γ = 1"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1.15, 1), layout="constrained")
-    prices = np.stack([row[0][:, 2] for row in rollout(hold_then_sell_policy(), 40, seed=0)])  # (step, path)
-    left.plot(prices[:, 0], color="0.82", lw=0.8, label="price paths")
-    left.plot(prices[:, 1:], color="0.82", lw=0.8)
-    for (name, solution), style in zip(solutions.items(), ("C0-", "C1--"), strict=False):
-        left.plot(solution.boundary, style, lw=2.2, label=f"boundary, {name}")
-    sale = (prices >= optimum.boundary[:, None]).argmax(axis=0)  # (path,), first step at or above
-    left.plot(sale, prices[sale, range(40)], "o", ms=5, color="C0", mec="white", label="sale, γ = 1", clip_on=False)
-    left.set(title="Sell everything at or above the boundary", xlabel="step $t$", ylabel="price $p$")
-    left.set(xlim=(0, len(prices) - 1), ylim=(0, 2.8), xticks=range(0, len(prices), 2))
-    left.legend(loc="upper left", ncols=2, frameon=False)
-
-    diamond = {"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 5}
-    style = {"widths": 0.55, "patch_artist": True, "showmeans": True, "showfliers": False, "whis": (5, 95)}
-    style |= {"boxprops": {"facecolor": "#bed6ec"}, "medianprops": {"color": "black"}, "meanprops": diamond}
-    names = list(reversed(returns))
-    right.boxplot([returns[name] for name in names], orientation="horizontal", tick_labels=names, **style)
-    right.axvline(optimum.value, color="C0", ls=":")
-    right.set(title="Quartiles, 5–95% and mean (◇)")
-    right.set(xlabel=f"return of an episode (dotted: exact optimum {optimum.value:.1f})")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    episodes: int = 10_000  # of each policy
+    seed: int = 0  # of the prices and of the behaviour policy
+    discount: float = 0.99  # γ of the second optimal policy: what does a discount cost?
+    output: str = ""  # save a figure here: prices and boundaries, the returns' distribution
 
 
 def main(args: Args) -> None:
-    """Print the table and save the figure. ValueError or OSError for bad arguments."""
-    if args.episodes < 2 or args.seed < 0:
-        raise ValueError("--episodes must be at least 2 (a standard error needs two) and --seed at least 0")
-    solutions = {f"γ = {discount:g}": optimal_value(discount) for discount in (1.0, args.discount)}
-    discounted = solutions[f"γ = {args.discount:g}"].boundary
-    policies = {name: make() for name, make in BASELINES.items()}
-    policies["behaviour"] = behaviour_policy(args.seed)
-    policies[f"optimal at {args.discount:g}"] = threshold_policy(discounted)
+    (optimum, boundary), (ceiling, early) = solve(), solve(args.discount)
+    policies = {
+        "optimal": threshold_policy(boundary),
+        f"optimal at {args.discount:g}": threshold_policy(early),
+        "hold, then sell": threshold_policy(np.append(np.full(19, np.inf), 0.0)),
+        "TWAP": lambda observation: 1.0 / (20.0 - observation[:, :1]),  # 5 units at every step
+        "behaviour": behaviour_policy(args.seed),
+    }
     returns = {name: evaluate(policy, args.episodes, args.seed) for name, policy in policies.items()}
-    returns = dict(sorted(returns.items(), key=lambda item: -item[1].mean()))
-
-    def mean_error(sample: np.ndarray) -> str:
-        return f"{sample.mean():.2f} ± {sample.std(ddof=1) / math.sqrt(len(sample)):.2f}"
-
-    optimum = solutions["γ = 1"].value
-    print(f"{'policy':<16}{'return ± s.e.':>16}{'std':>7}{'minus optimal':>17}{'score':>8}{'% of optimum':>14}")
-    for name, sample in returns.items():
-        print(f"{name:<16}{mean_error(sample):>16}{sample.std(ddof=1):7.1f}", end="")
-        print(f"{mean_error(sample - returns['optimal']):>17}{score(sample.mean()):8.1f}", end="")
-        print(f"{100 * sample.mean() / optimum:14.1f}")
-    ceiling = threshold_value(discounted)
+    print(f"{'policy':<16}{'return ± s.e.':>16}{'minus optimal':>17}{'score':>8}{'% of optimum':>14}")
+    for name, got in returns.items():
+        mean, gap = (f"{x.mean():.2f} ± {x.std(ddof=1) / len(x) ** 0.5:.2f}" for x in (got, got - returns["optimal"]))
+        print(f"{name:<16}{mean:>16}{gap:>17}{100 * got.mean() / EXPERT:8.1f}{100 * got.mean() / optimum:14.1f}")
     print(f"exact: optimal {optimum:.2f}, optimal at {args.discount:g} {ceiling:.2f} (undiscounted)")
-    draw_figure(args.output, solutions, returns)
-    print(f"figure: {args.output}")
+    if args.output:
+        from matplotlib.figure import Figure  # here, because an environment must import fast
+
+        left, right = Figure(figsize=(11, 4.4), layout="constrained").subplots(1, 2)
+        draw_boundary(left, policies["optimal"], args.discount)
+        prices = play(policies["hold, then sell"], 30, args.seed)[0]["observations"][:, 2].reshape(30, 20)
+        left.plot(prices.T, color="0.5", lw=0.6)
+        right.boxplot([*returns.values()], tick_labels=[*returns], orientation="horizontal", showmeans=True, sym="")
+        right.set(xlabel="return of an episode (▲ mean)")
+        left.figure.savefig(args.output, dpi=150)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (OSError, ValueError) as error:
-        print(f"liquidation_env.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main(tyro.cli(Args))

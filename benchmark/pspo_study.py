@@ -1,189 +1,285 @@
-"""The studies behind docs/pspo.md: what they run, how many seeds, and the tables they end in.
+"""The studies behind docs/pspo.md: readings of the belief, ablations, models that lie.
 
-    python benchmark/pspo_study.py liquidation          # γ = 1 and 0.99, seeds 1-5
-    python benchmark/pspo_study.py ablations            # posterior, regularisation, λ; seeds 1-3
-    python benchmark/pspo_study.py poisoned             # 3 of 10 models lie; seeds 1-3
-    python benchmark/pspo_study.py poisoned-reward      # the lie about the reward, until the critic has converged
-    python benchmark/pspo_study.py scale                # the unit of Δ, and λ; seed 1
-    python benchmark/pspo_study.py hopper               # --quick on hopper-medium-v2, seeds 1-3
+    python benchmark/pspo_study.py liquidation               # python pspo.py, seeds 1-5
+    python benchmark/pspo_study.py hopper                    # --quick on hopper-medium-v2, seeds 1-5
+    python benchmark/pspo_study.py locomotion                # --quick on halfcheetah-medium-v2 and walker2d-medium-v2
+    python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
+    python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
+    python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
 
-A study runs `--jobs` processes of one thread each and can be stopped and called again: what has a result.json is not
-run again. Its table goes to docs/results/<study>.md and .csv, the runs stay in runs/study/<study>.
+A study can be stopped and called again: a run with a result.json is not run again, one with a checkpoint goes on. Runs
+of the same data, seed and sizes share their pool. Tables go to --output-dir, runs to --runs-dir.
 """
 
-import csv
+import json
+import subprocess
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import scipy.stats
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runner import ROOT, Job, UserError, interval, require, run_jobs  # it also makes the scripts importable
-
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import liquidation_env
 import pspo
+from pspo import PSPO, bellman_target, posterior
 
-POISONS = ("price", "reward")  # three of ten models add 0.2 to the price at every step, or 20% to every reward
-RULES = {"evidence": {}, "uniform": {"posterior": "uniform"}, "pessimistic": {"posterior": "pessimistic"}}
-SHORT = {"iterations": 6000, "eval_every": 1000}  # the same budget for every variant of a comparison
-SCALES = {"spread": (1.0, 3.0), "mean": (1.0, 5.0), "none": (1.0, 1000.0)}
-# Seeds, and variants: settings of pspo.py, and "poison", which becomes a dynamics_path.
-STUDIES: dict[str, tuple[range, dict[str, dict[str, Any]]]] = {
-    "liquidation": (range(1, 6), {"γ = 1": {}, "γ = 0.99": {"gamma": 0.99}}),
-    "ablations": (
+# --- Readings of Eqs. (3) and (4): pspo.py's is A, one belief over the pool, fed by observed transitions ---
+
+
+class Uniform(PSPO):
+    """The paper's ablation "Average Utilization": P is the prior."""
+
+    def log_belief(self) -> torch.Tensor:
+        return torch.full((len(self.members),), -float(np.log(len(self.members))), device=self.device)
+
+    def update_belief(self, obs, action, observed_target) -> None:
+        """Nothing is learnt."""
+
+
+class Local(Uniform):
+    """Reading B: a belief of its own for every (s, a), Δ = |y_τ − Q(s, a)|, without data."""
+
+    def deltas(self, targets: torch.Tensor, action: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return (targets - self.target_critic(self.rollout_obs, action).amin(0)).abs()  # (N, B)
+
+    def log_prior(self) -> torch.Tensor:
+        return torch.zeros(len(self.rollout_obs), len(self.members), device=self.device)  # (B, N)
+
+    def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step in a model τ ~ P(· | s, a), drawn for every row."""
+        mean, std, log_odds = self.active(self.rollout_obs, action)  # (N, B, 1+obs)
+        reward, next_obs, terminal = self.active.next(mean, std, log_odds, torch.randn_like(mean[0]))
+        next_value = self.value(next_obs, len(mean))
+        targets = bellman_target(reward / self.reward_scale, terminal, next_value, self.args.gamma)  # (N, B)
+        rows, prior = torch.arange(len(action), device=self.device), self.log_prior()
+        drawn = self.draw(prior, targets, action)  # (B,)
+        self.learn(prior, self.deltas(targets, action, targets[drawn, rows]))
+        return reward[drawn, rows], next_obs[drawn, rows], terminal[drawn, rows]
+
+    def draw(self, prior: torch.Tensor, targets: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        delta = self.deltas(targets, action, targets[0])
+        return gumbel_argmax(posterior(delta.T, self.args.likelihood_coef))
+
+    def learn(self, prior: torch.Tensor, delta: torch.Tensor) -> None:
+        """Nothing is kept."""
+
+
+class Rollout(Local):
+    """Reading C: a belief for every rollout, uniform at its start, P ← P exp(−λ Δ_τ) along it, Δ_τ = |y_τ − y seen|."""
+
+    def __init__(self, args: pspo.Args, data: dict[str, torch.Tensor], pool: pspo.Dynamics):
+        super().__init__(args, data, pool)
+        self.register_buffer("log_rollout", torch.zeros(args.batch_size // 2, args.active_models, device=self.device))
+
+    def log_prior(self) -> torch.Tensor:
+        return torch.where(self.rollout_age[:, None] == 0, 0.0, self.log_rollout)  # (B, N)
+
+    def deltas(self, targets, action, seen) -> torch.Tensor:
+        return (targets - seen).abs()
+
+    def draw(self, prior, targets, action) -> torch.Tensor:
+        return gumbel_argmax(prior.log_softmax(-1))
+
+    def learn(self, prior, delta) -> None:
+        self.log_rollout.copy_((prior - self.args.likelihood_coef * delta.T).log_softmax(-1))
+
+
+def gumbel_argmax(log_belief: torch.Tensor) -> torch.Tensor:
+    """A draw from each row: (B, N) → (B,)."""
+    return (log_belief - torch.empty_like(log_belief).exponential_().log()).argmax(-1)
+
+
+# --- What the recipe is made of, each left out ---
+
+
+class PlainCritic(PSPO):
+    """Without layer normalisation in the critics."""
+
+    def __init__(self, args: pspo.Args, data: dict[str, torch.Tensor], pool: pspo.Dynamics):
+        super().__init__(args, data, pool)
+        for critic in (self.critic, self.target_critic):
+            critic.forward = lambda obs, action, net=critic.net: net(torch.cat([obs, action], -1)).squeeze(-1)
+
+
+VARIANTS = {"A": PSPO, "uniform": Uniform, "B": Local, "C": Rollout, "no layer norm": PlainCritic}
+QUICK = ["--quick", "--no-cuda"]
+STUDIES = {  # study: (seeds, variant: (class, flags))
+    "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
+    "hopper": (range(1, 6), {"hopper-medium": ("A", ["--env-id", "hopper-medium-v2", *QUICK])}),
+    "locomotion": (
         range(1, 4),
-        {"evidence, λ = 1": SHORT, "evidence, λ = 10": {"likelihood_coef": 10.0} | SHORT}
-        | {rule: settings | SHORT for rule, settings in RULES.items() if settings}
-        | {"without regularisation": {"regularization": False} | SHORT},
+        {f"{task}-medium": ("A", ["--env-id", f"{task}-medium-v2", *QUICK]) for task in ("halfcheetah", "walker2d")},
     ),
-    "poisoned": (
+    "belief": (
         range(1, 4),
-        {f"{poison}, {rule}": {"poison": poison} | RULES[rule] | SHORT for poison in POISONS for rule in RULES},
-    ),
-    "poisoned-reward": (
-        range(1, 4),
-        {f"reward, {rule}": {"poison": "reward"} | RULES[rule] for rule in ("evidence", "uniform")},
-    ),
-    "scale": (
-        range(1, 2),
         {
-            f"{scale}, λ = {strength:g}": {"poison": "price", "evidence_scale": scale, "likelihood_coef": strength}
-            | SHORT
-            for scale, strengths in SCALES.items()
-            for strength in strengths
+            f"{data}, {reading}": (reading, ["--env-id", f"hopper-{data}-v2", *QUICK])
+            for data in ("medium", "random", "medium-replay")
+            for reading in ("uniform", "A", "B", "C")
         },
     ),
-    "hopper": (range(1, 4), {"--quick": {"env_id": "hopper-medium-v2", "quick": True}}),
+    "ablations": (
+        range(1, 4),
+        {
+            name: (variant, ["--env-id", "hopper-medium-v2", *QUICK, *flags])
+            for name, (variant, flags) in {
+                "the recipe": ("A", []),
+                "no warm-up": ("A", ["--warmup", "0"]),
+                "no layer norm": ("no layer norm", []),
+                "target rate 0.005": ("A", ["--target-rate", "0.005"]),
+                "KL 0.3": ("A", ["--target-kl", "0.3"]),
+                "KL 1.5": ("A", ["--target-kl", "1.5"]),
+                "no average": ("A", ["--average-rate", "1.0"]),
+                "no regularisation": ("A", ["--no-regularization"]),
+            }.items()
+        },
+    ),
 }
 
 
 @dataclass
 class Args:
     study: Annotated[
-        Literal["liquidation", "ablations", "poisoned", "poisoned-reward", "scale", "hopper"], tyro.conf.Positional
+        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "poisoned"], tyro.conf.Positional
     ]
-    """which study to run"""
-    seeds: tuple[int, ...] = ()
-    """other seeds than the study's own"""
-    variants: tuple[str, ...] = ()
-    """only these of the study's variants, by the names in its table"""
-    jobs: int = 2
-    """processes at a time, one thread each"""
-    runs_dir: Path = ROOT / "runs" / "study"
-    """where the runs lie"""
-    output_dir: Path = ROOT / "docs" / "results"
-    """where the table is written"""
+    seeds: tuple[int, ...] = ()  # other seeds than the study's own
+    only: tuple[str, ...] = ()  # only these variants, by the names in the table
+    jobs: int = 2  # processes at a time, one thread each
+    runs_dir: Path = ROOT / "runs" / "study"  # where the runs lie
+    output_dir: Path = ROOT / "docs" / "results"  # where the table is written
+    flags: tuple[str, ...] = ()  # further flags of pspo.py, for tests
 
 
-def poisoned_pool(poison: str, seed: int, folder: Path) -> Path:
-    """Train a pool of ten on the data of this seed, make its first three members lie, and return the file."""
-    path = folder / f"pool_{poison}_{seed}.pt"
-    if path.exists():
-        return path
-    args, _ = pspo.resolve(pspo.Args(seed=seed, pool_size=10))
-    arrays = liquidation_env.behaviour_dataset(args.dataset_episodes, seed)
-    dataset = pspo.make_dataset(arrays, "liquidation", "generated")
-    data = {key: torch.as_tensor(getattr(dataset, key)) for key in pspo.DATA_KEYS}
-    torch.manual_seed(seed)
-    pool, report = pspo.train_dynamics(args, data, pspo.tqdm)
-    weight, bias = pool.net.weights[-1].data, pool.net.biases[-1].data  # (10, hidden, 2 * 4), (10, 1, 2 * 4)
-    if poison == "price":  # outputs: reward, Δt, Δm, Δp
-        bias[:3, :, 3] += 0.2 / pool.output_std[3]
-    else:  # 1.2 (w h + b) std + 1.2 mean
-        weight[:3, :, 0] *= 1.2
-        bias[:3, :, 0] = 1.2 * bias[:3, :, 0] + 0.2 * pool.output_mean[0] / pool.output_std[0]
-    content = {"kind": "dynamics", "pool": pool.state_dict(), "report": report}
-    content |= {"sizes": [10, 3, 1, args.dynamics_hidden, args.dynamics_layers]}
-    pspo.save_atomically(content | {"dataset": dataset.name, "data_sha256": dataset.sha256}, path)
-    return path
+def run(variant: str, pools: Path, flags: list[str]) -> None:
+    """pspo.py with a variant of its learner; the pool is taken from `pools` if a run of the same data trained it."""
+    train = pspo.train_dynamics
+
+    def cached(args: pspo.Args, data: dict[str, torch.Tensor], rule) -> tuple[pspo.Dynamics, dict]:
+        sizes = args.pool_size, args.dynamics_hidden, args.dynamics_layers, args.dynamics_epochs, len(data["rewards"])
+        path = pools / f"{args.env_id}_{args.seed}_{'_'.join(map(str, sizes))}.pt".replace("/", "_")
+        if path.exists():
+            saved, pool = torch.load(path, weights_only=True), pspo.empty_pool(args, data, rule)
+            pool.load_state_dict(saved["pool"])
+            torch.set_rng_state(saved["rng"])
+            return pool.requires_grad_(False), saved["report"]
+        pool, report = train(args, data, rule)
+        pspo.save(dict(pool=pool.state_dict(), report=report, rng=torch.get_rng_state()), path)
+        return pool, report
+
+    pspo.train_dynamics, pspo.PSPO, sys.argv = cached, VARIANTS[variant], ["pspo.py", *flags]
+    pspo.main()
 
 
-def plan(args: Args) -> dict[str, list[Job]]:
-    """The jobs of a study: variant -> one a seed. Trains the poisoned pools that are missing. Raises UserError."""
-    seeds, variants = STUDIES[args.study]
-    unknown = [name for name in args.variants if name not in variants]
-    require(not unknown, f"--variants {'; '.join(unknown)}: {args.study} has {'; '.join(variants)}")
-    folder, jobs = args.runs_dir.absolute() / args.study, {}
+def finished(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("*/result.json"))), None)
+
+
+def launch(job: tuple[str, list[str], Path]) -> None:
+    """One run in a process of its own, unless it has been made; an interrupted one goes on."""
+    variant, flags, folder = job
+    if finished(folder):
+        return
+    begun = sorted(folder.glob("*/checkpoint.pt"))
+    flags = ["--resume", str(begun[-1].parent)] if begun else [*flags, "--runs-dir", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in args.variants or variants:
-        jobs[name], variant = [], variants[name]
-        for seed in args.seeds or seeds:
-            settings = {key: value for key, value in variant.items() if key != "poison"} | {"seed": seed}
-            if "poison" in variant:
-                settings["dynamics_path"] = str(poisoned_pool(variant["poison"], seed, folder))
-            runs = folder / f"{name}__{seed}".replace(" ", "_").replace("/", "_")
-            jobs[name].append(Job("pspo", settings, runs))
-    return jobs
+    command = [sys.executable, __file__, "run", variant, str(folder.parent), *flags]
+    with open(folder / "log.txt", "a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    print(f"{folder.name}: {'done' if done.returncode == 0 else 'FAILED, see ' + str(folder / 'log.txt')}", flush=True)
 
 
-def columns(result: dict) -> dict[str, float]:
-    """The numbers of one run that a table may show."""
-    row = {"return": result["return"], "score": result["score"], "minutes": result["seconds"] / 60}
-    true = result["last"]["eval/discounted_return"]
-    row["critic at s₀ / true value"] = result["last"]["eval/start_value"] / true
-    row["posterior entropy"] = result["last"]["posterior/entropy"]
-    row["largest weight"] = result["last"]["posterior/largest"]
-    if result["domain"] == "liquidation":
-        row["% of optimum"] = 100 * result["share_of_optimum"]
-        row["% of the γ's ceiling"] = 100 * result["share_of_discount_ceiling"]
-        row["mass on models 0-2"] = sum(
-            p for m, p in zip(result["posterior"]["members"], result["posterior"]["probability"], strict=True) if m < 3
-        )
-    else:
-        row["behaviour's return"] = result["behaviour_data_return"]
-        row["clone's return"] = result["behaviour_clone"]["return"]
-        row["sampled return"] = result["sampled"]["return"]
-        row["clone's sampled return"] = result["behaviour_clone"]["sampled_return"]
-    row["explained variance of r"] = result["dynamics"]["explained_variance_mean"][0]
-    return row
+def interval(x: list[float]) -> str:
+    """Mean ± half-width of Student's 95% interval over seeds."""
+    if len(x) < 2:
+        return f"{x[0]:.1f}"
+    return f"{np.mean(x):.1f} ± {scipy.stats.sem(x) * scipy.stats.t.ppf(0.975, len(x) - 1):.1f}"
 
 
-def write_table(args: Args, results: dict[str, list[dict]]) -> str:
-    """Mean ± 95% interval over seeds, and the worst seed's return; Markdown and CSV."""
-    rows = {name: [columns(r) for r in of_seeds] for name, of_seeds in results.items()}
-    keys = list(next(iter(rows.values()))[0])
-    every = [result for of_seeds in results.values() for result in of_seeds]
-    seeds = sorted({result["args"]["seed"] for result in every})
-    known = [("data", lambda r: r["dataset"]["source"].split(", seed")[0])]
-    known += [("device", lambda r: f"{r['machine']['device']}, {r['machine']['threads']} thread(s)")]
-    known += [("SHA-256 of pspo.py", lambda r: r["script_sha256"][:9])]
-    about = "; ".join(f"{name}: {', '.join(sorted({of(r) for r in every}))}" for name, of in known)
-    lines = [f"`python benchmark/pspo_study.py {args.study}`, seeds {', '.join(map(str, seeds))}; {about}.", ""]
-    lines += ["| variant | " + " | ".join(keys) + " | worst return |", "|---" * (len(keys) + 2) + "|"]
-    for name, of_seeds in rows.items():
-        cells = []
-        for key in keys:
-            values = [row[key] for row in of_seeds]
-            digits = 3 if abs(np.mean(values)) < 5 else 2 if "%" in key else 1
-            spread = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(row['return'] for row in of_seeds):.1f} |")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / f"pspo_{args.study.replace('-', '_')}.md").write_text("\n".join(lines) + "\n")
-    with open(args.output_dir / f"pspo_{args.study.replace('-', '_')}.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "seed", *keys])
-        for name, of_seeds in rows.items():
-            for row, result in zip(of_seeds, results[name], strict=True):
-                writer.writerow([name, result["args"]["seed"], *row.values()])
+def table(results: dict[str, list[Path]]) -> str:
+    """One row for each variant: its last policies' scores, and what the run looked like from inside."""
+    lines = ["| variant | seeds | score | each seed | sampled actions | last third, worst | largest weight | minutes |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for name, paths in results.items():
+        of_seeds = [json.loads(path.read_text()) for path in paths]
+        logs = [np.genfromtxt(path.with_name("metrics.csv"), delimiter=",", names=True) for path in paths]
+        key = "share_of_optimum" if "share_of_optimum" in of_seeds[0] else "score"
+        values = [result[key] * (100 if key == "share_of_optimum" else 1) for result in of_seeds]
+        late = min(log["evalscore"][-(-2 * len(log) // 3) :].min() for log in logs)
+        cells = [name, ", ".join(str(result["args"]["seed"]) for result in of_seeds), interval(values)]
+        cells += [", ".join(f"{x:.1f}" for x in values), interval([result["sampled"]["score"] for result in of_seeds])]
+        cells += [f"{late:.1f}", f"{np.mean([log['posteriorlargest'][-1] for log in logs]):.2f}"]
+        cells += [f"{np.mean([result['minutes'] for result in of_seeds]):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def poisoned(seed: int, variant: str, iterations: int = 6000) -> dict[str, float]:
+    """Liquidation where 3 of 10 models add 0.2 to the price at every step; the others and the data are honest."""
+    args = replace(pspo.Args(), **pspo.SETTINGS["liquidation"], seed=seed)
+    args = replace(args, pool_size=10, iterations=iterations)
+    data = pspo.make_dataset(liquidation_env.behaviour_dataset(args.dataset_episodes, seed), f"generated, seed {seed}")
+    columns = {key: torch.as_tensor(column) for key, column in data.columns.items()}
+    torch.manual_seed(seed)
+    pool, _ = pspo.train_dynamics(args, columns, pspo.TERMINAL["liquidation"])
+    pool.net.biases[-1][:3, :, 3] += 0.2 / pool.output_std[3]  # outputs: reward, Δt, Δm, Δp
+    learner, env = VARIANTS[variant](args, columns, pool), pspo.make_env(args)
+    learner.clone_behaviour()
+    learner.redraw(pool)
+    for iteration in range(1, iterations + 1):
+        share = pspo.cosine(iteration - args.warmup, iterations - args.warmup)
+        learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
+        learner.warm_up() if iteration <= args.warmup else learner.iterate()
+    first, returns = pspo.evaluate(learner.average.act, env, 10_000, seed + 20_000)
+    mass = learner.log_belief().exp()[learner.members < 3].sum().item()
+    value = learner.start_value(torch.as_tensor(first))
+    return dict(mass=mass, value=value, true=float(returns.mean()), error=value / float(returns.mean()) - 1)
+
+
 def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["run"]:
+        return run(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     args = tyro.cli(Args, description=__doc__)
-    try:
-        jobs = plan(args)
-        failed = run_jobs([job for of_seeds in jobs.values() for job in of_seeds], args.jobs)
-        if failed:
-            raise UserError("; ".join(failed))
-        print(write_table(args, {name: [job.result() for job in of_seeds] for name, of_seeds in jobs.items()}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    output = args.output_dir / f"pspo_{args.study}.md"
+    about = f"`python benchmark/pspo_study.py {args.study}`, one thread a run, torch {torch.__version__}.\n\n"
+    if args.study == "poisoned":
+        lines = [
+            "| belief | seed | mass on the 3 liars | critic at s₀ | true value | error |",
+            "|---|---|---|---|---|---|",
+        ]
+        for variant in args.only or ("A", "uniform"):
+            for seed in args.seeds or (1, 2, 3):
+                row = poisoned(seed, variant)
+                numbers = f"{row['mass']:.3f} | {row['value']:.1f} | {row['true']:.1f} | {100 * row['error']:+.1f}%"
+                lines.append(f"| {variant} | {seed} | {numbers} |")
+                print(lines[-1], flush=True)
+        output.write_text(about + "\n".join(lines) + "\n")
+        return None
+    seeds, variants = STUDIES[args.study]
+    folders = {
+        name: [args.runs_dir / args.study / f"{name}__{seed}".replace(" ", "_") for seed in args.seeds or seeds]
+        for name in args.only or variants
+    }
+    jobs = [  # seed by seed, so that what is there at any time compares
+        (variants[name][0], [*variants[name][1], "--seed", str(seed), *args.flags], folders[name][i])
+        for i, seed in enumerate(args.seeds or seeds)
+        for name in folders
+    ]
+    with ThreadPoolExecutor(args.jobs) as workers:
+        list(workers.map(launch, jobs))
+    results = {name: [path for folder in paths if (path := finished(folder))] for name, paths in folders.items()}
+    text = table({name: paths for name, paths in results.items() if paths})
+    output.write_text(about + text + "\n")
+    print(text)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,128 +1,305 @@
-"""Run a result again from its result.json alone, and compare.
+"""The papers' result tables: plan the runs, run them, set the numbers beside the papers'.
 
-    python benchmark/reproduce.py runs/<run folder>/result.json
+    python benchmark/reproduce.py plan table1                 # what would run, and what is done
+    python benchmark/reproduce.py run table1 iql --jobs 2     # stopped, it goes on when called again
+    python benchmark/reproduce.py table table1                # Markdown of what is in, to the screen
+    python benchmark/reproduce.py run table1 --engine ray     # on the cluster of $RAY_ADDRESS (pip install ray)
+    python benchmark/reproduce.py compare runs/*              # any run folders, by task, script and flags
 
-It needs the run folder's copy of the script (or this repository's, if it is the same one) and the data: generated, in
-a file or downloaded, as they were then; their hash is compared. On the machine and the versions of the first run every
-number must be the same to the last bit on a CPU; elsewhere the scores are compared by their 95% intervals.
-Exit code 0: the same, or within the intervals. 1: not. 2: it cannot be run again, and why.
+table1: PSPO and IQL on D4RL's locomotion sets. table2: liquidation. table3: PSPO's ablations. iql: the sets of IQL's
+Table 1. steering: goals of steer_poe.py (the paper's study is benchmark/steer_study.py). Settings are CPU-sized,
+pspo.py --quick (15 minutes a run) and 100,000 updates of iql.py with normalised observations; --full has the papers'.
 """
 
-import hashlib
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import tyro
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_THE_RUN = ("seconds", "args", "machine", "versions", "dataset")  # not compared: time, place; data by their hash
+sys.path.insert(0, str(ROOT))  # the scripts are not installed
+
+import iql
+import pspo
 
 
 @dataclass
 class Args:
-    result: tyro.conf.Positional[Path]
-    """a result.json"""
-    runs_dir: Path | None = None
-    """where the second run folder goes (default: a temporary folder)"""
+    """Plan, run and tabulate the papers' tables, or compare any runs."""
+
+    command: tyro.conf.Positional[Literal["plan", "run", "table", "compare"]]  # what to do
+    what: tyro.conf.Positional[tuple[str, ...]]  # table1, table2, table3, iql, steering; to compare: run folders
+    tasks: tuple[str, ...] = ("hopper", "halfcheetah", "walker2d")  # of the D4RL tables
+    levels: tuple[str, ...] = pspo.LEVELS  # of the D4RL tables
+    seeds: tuple[int, ...] = (1, 2, 3)  # of every cell
+    full: bool = False  # the papers' own sizes; wants a GPU
+    jobs: int = 2  # runs at a time, one thread each
+    engine: Literal["local", "ray"] = "local"  # processes of this machine, or Ray's
+    runs_dir: Path = Path("runs/reproduce")  # where the runs lie
 
 
-class CannotRun(Exception):
-    pass
+METHODS = {  # per table: column → script and its flags
+    "table1": {"PSPO": ("pspo", ()), "IQL": ("iql", ())},
+    "table2": {"PSPO": ("pspo", ()), "PSPO, γ = 0.99": ("pspo", ("--gamma", "0.99")), "IQL": ("iql", ())},
+    "table3": {
+        "PSPO": ("pspo", ()), "without posterior": ("pspo", ("--likelihood-coef", "0")),
+        "without regularisation": ("pspo", ("--no-regularization",)),
+    },
+    "iql": {"IQL": ("iql", ())},
+    "steering": {goal: ("steer_poe", ("--goal", goal)) for goal in ("speed", "balanced", "energy")},
+}  # fmt: skip
+IQL_LEVELS = ("medium", "medium-replay", "medium-expert")  # of IQL's Table 1, and of the steering paper
+LOST = {  # Table 3: how many percent of PSPO's score are lost, by task in the order of LEVELS
+    "without posterior": dict(
+        hopper=(68.1, 68.1, 53.4, 9.9, 67.9, 11.1), halfcheetah=(19.1, 5.9, 11.2, 3.9, 9.4, 5.6),
+        walker2d=(14.5, 3.9, 67.1, 16.3, 1.7, 4.8),
+    ),
+    "without regularisation": dict(
+        hopper=(68.1, 13.2, 20.0, 12.8, 4.7, 10.3), halfcheetah=(13.3, 5.8, 23.9, 17.3, 9.1, 7.4),
+        walker2d=(13.9, 9.1, 78.6, 8.3, 8.1, 9.3),
+    ),
+}  # fmt: skip
+CRITERION = """\
+What counts as a reproduction of the paper's ordering, fixed before the runs: on random, medium, medium-replay and
+full-replay data PSPO's mean over seeds is above the behaviour policy's and above IQL's on the same file; on expert and
+medium-expert data it is near expert, a score of 90 or more. The final policy counts, no best checkpoint, no seed left
+out."""
+REGENERATED = "Regenerated: in D4RL's layout but not D4RL's own file, so the papers' numbers are of other data."
 
 
-def find_script(result: dict, run_dir: Path) -> Path:
-    """The script with the result's SHA-256: the run folder's copy, else this repository's."""
-    for path in [*sorted(run_dir.glob("*.py")), *sorted(ROOT.glob("*.py"))]:
-        if hashlib.sha256(path.read_bytes()).hexdigest() == result["script_sha256"]:
-            return path
-    raise CannotRun(f"no script with SHA-256 {result['script_sha256'][:12]} in {run_dir} or {ROOT}")
+def read(run: Path) -> dict:
+    """result.json of a run folder, with the behaviour's score and the script's name."""
+    result = json.loads((run / "result.json").read_text())
+    result.setdefault("script", [*run.name.split("__"), "?"][1])
+    return result | {"behaviour": result.get("compared_with", {}).get("behaviour in the data", math.nan)}
 
 
-def command_line(args: dict) -> list[str]:
-    """A result's arguments as the words of a command line."""
-    words = []
-    for name, value in args.items():
-        flag = name.replace("_", "-")
-        if value is None or name in ("resume", "runs_dir", "track") or value == []:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            words += [f"--{flag}", *map(str, value)]
-        else:
-            words.append(f"--{flag}={value}")
-    return words
+@dataclass(frozen=True)
+class Job:
+    """One run: a script with one seed, whose run folder lies in a folder of its own."""
+
+    data: str
+    method: str
+    script: str
+    flags: tuple[str, ...]
+    seed: int
+    folder: Path
+
+    def find(self, name: str) -> Path | None:
+        """The newest file of that name in its run folders."""
+        return max(self.folder.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=None)
+
+    def state(self) -> str:
+        """done, resume (there is a checkpoint to go on from), or run."""
+        return "done" if self.find("result.json") else "resume" if self.find("checkpoint.pt") else "run"
+
+    def command(self) -> list[str]:
+        words = ["--env-id", self.data, "--seed", str(self.seed), *self.flags, "--runs-dir", str(self.folder)]
+        if self.state() == "resume":
+            words = ["--resume", str(self.find("checkpoint.pt").parent)]
+        return [sys.executable, str(ROOT / f"{self.script}.py"), *words, "--num-threads", "1"]
+
+    def result(self) -> dict | None:
+        path = self.find("result.json")
+        return read(path.parent) if path else None
 
 
-def differences(one, other, path: str = "") -> list[str]:
-    """Where two JSON values differ, NaN being equal to itself: lines of "place: this, that"."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = sorted(one.keys() | other.keys())
-        return [line for key in keys for line in differences(one.get(key), other.get(key), f"{path}/{key}")]
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [line for i, (a, b) in pairs for line in differences(a, b, f"{path}/{i}")]
-    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
-    return [] if one == other or both_nan else [f"{path[1:]}: {one}, now {other}"]
+def plan(args: Args, table: str) -> tuple[list[Job], list[str]]:
+    """The jobs of a table, smallest data first; and the data sets whose file is not there."""
+    levels = [level for level in args.levels if table in ("table1", "table3") or level in IQL_LEVELS]
+    names = ["liquidation"] if table == "table2" else [f"{task}-{level}-v2" for task in args.tasks for level in levels]
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    files = {name: folder / Path(pspo.D4RL[name][0]).name for name in names if name in pspo.D4RL}
+    sizes = {name: file.stat().st_size if file.exists() else -1 for name, file in files.items()} or {"liquidation": 0}
+    jobs = []
+    for name in sorted(sizes, key=sizes.get):
+        for seed, (method, (script, flags)) in itertools.product(args.seeds, METHODS[table].items()):
+            if name != "liquidation" and script == "pspo" and not args.full:
+                flags = ("--quick", *flags)
+            if name != "liquidation" and script == "iql":
+                flags = ("--normalize-observations", *(() if args.full else ("--iterations", "100000")), *flags)
+            where = args.runs_dir / script / name / ("".join(flags).lstrip("-") or "default") / f"seed{seed}"
+            jobs.append(Job(name, method, script, flags, seed, where.absolute()))
+    return jobs, [name for name, size in sizes.items() if size < 0]
 
 
-def compare(before: dict, after: dict) -> int:
-    """Print what is the same and what is not; the exit code."""
-    if before["dataset"]["sha256"] != after["dataset"]["sha256"]:
-        raise CannotRun(f"the data {before['dataset']['name']} are not what they were: another SHA-256")
-    changed = [key for key in before["machine"] if before["machine"][key] != after["machine"].get(key)]
-    found = differences(*({k: v for k, v in result.items() if k not in OF_THE_RUN} for result in (before, after)))
-    if "score" in before:  # steer_poe.py has many numbers and no such one
-        scores = [f"{result['score']:.3f} ± {result['score_ci95']:.3f}" for result in (before, after)]
-        print(f"score {scores[0]}, now {scores[1]}")
-    if not found:
-        print(f"the same to the last bit: {len(differences(before, {})) - len(OF_THE_RUN)} entries compared")
-        return 0
-    print(f"{len(found)} numbers differ, such as", *found[:10], sep="\n  ")
-    for key in changed:
-        print(f"{key} was {before['machine'][key]}, is {after['machine'].get(key)}")
-    if not changed and before["machine"]["device"] == "cpu":
-        print("machine and versions are the same: this should not be")
-        return 1
-    if "score" not in before:
-        return 1
-    apart = abs(after["score"] - before["score"])
-    within = apart <= math.hypot(before["score_ci95"], after["score_ci95"])
-    print(f"scores {apart:.3f} apart, {'within' if within else 'NOT within'} the interval of their difference")
-    return 0 if within else 1
+def execute(command: list[str], log: str, folder: str) -> int:
+    """Run it in `folder`, what it prints goes to the end of `log`; returns the exit status."""
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        return subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
 
 
-def reproduce(path: Path, runs_dir: Path) -> int:
+def run(jobs: list[Job], args: Args) -> int:
+    """Run what is not done; returns how many failed."""
+    todo, pool, failed = [job for job in jobs if job.state() != "done"], ThreadPoolExecutor(args.jobs), 0
+    submit = pool.submit
+    if args.engine == "ray":  # the cluster needs the same paths everywhere
+        import ray
+
+        ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else {"num_cpus": args.jobs}))
+        remote = ray.remote(num_cpus=1, max_retries=0)(execute)
+        submit = lambda _, *words: remote.remote(*words).future()  # noqa: E731
     try:
-        before = json.loads(path.read_text())
-        script, words = find_script(before, path.parent), command_line(before["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CannotRun(f"{path} is not a result.json of this project ({type(error).__name__}: {error})") from error
-    print("$ python", script, *words, flush=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for liquidation_env
-    done = subprocess.run([sys.executable, script, *words, f"--runs-dir={runs_dir}"], env=environment)
-    if done.returncode:
-        raise CannotRun(f"the run ended with exit code {done.returncode}")
-    newest = max(runs_dir.glob("*/result.json"), key=lambda found: found.stat().st_mtime)
-    return compare(before, json.loads(newest.read_text()))
+        words = {job: (job.command(), str(job.folder / "log.txt"), os.getcwd()) for job in todo}
+        futures = {submit(execute, *words[job]): job for job in todo}
+        for number, future in enumerate(as_completed(futures), 1):
+            job, status = futures[future], future.result()
+            failed += bool(status)
+            end = f"exit {status}, see {job.folder / 'log.txt'}" if status else "done"
+            print(f"{number} of {len(todo)}: {job.script}.py, {job.data}, {job.method}, {job.seed}: {end}", flush=True)
+    finally:  # after Ctrl-C, which the running processes have had as well
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+# --- Tables ---
+
+
+def mean_ci(values: list[float], digits: int = 1) -> str:
+    """ "mean ± half-width of Student's 95% interval (how many)"; "–" without values."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else None
+    spread = "" if half is None else f" ± {half:.{digits}f}"
+    return f"{np.mean(values):.{digits}f}{spread} ({len(values)})" if values else "–"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def column(results: list[dict], key: str = "score") -> list[float]:
+    return [result[key] for result in results]
+
+
+def label(data: str, results: list[dict]) -> str:
+    """The set's name, with "regenerated" where a run's file was not D4RL's own."""
+    return data + (", regenerated" if any("not D4RL's file" in result["dataset"] for result in results) else "")
+
+
+def met(data: str, ours: list[dict], theirs: list[dict]) -> str:
+    """The criterion on one data set: yes, no and why, or open."""
+    if not ours or not (theirs or "expert" in data):
+        return "open"
+    score = np.mean(column(ours))
+    if "expert" in data:
+        return "yes" if score >= 90 else "no: below 90"
+    others = {"behaviour": np.mean(column(ours, "behaviour")), "IQL": np.mean(column(theirs))}
+    below = [name for name, other in others.items() if score <= other]
+    return f"no: not above {' and '.join(below)}" if below else "yes"
+
+
+def table_text(table: str, jobs: list[Job]) -> str:
+    """Markdown of one table: a row per data set that has a run."""
+    every: dict[str, dict[str, list[dict]]] = {}
+    for job in jobs:
+        row = every.setdefault(job.data, {name: [] for name in METHODS[table]})
+        row[job.method] += filter(None, [job.result()])
+    cells = {data: every[data] for data in ("liquidation", *pspo.D4RL) if any(every.get(data, {}).values())}
+    below, rows = [REGENERATED] if any("not D4RL's" in str(row) for row in cells.values()) else [], []
+    if table in ("table1", "iql"):
+        papers = dict(PSPO=pspo.PAPER, IQL=iql.PAPER)
+        names = list(METHODS[table])
+        rows = [["data set", "behaviour", *names, *(f"{name}'s paper" for name in names)]]
+        for data, row in cells.items():
+            results = [*itertools.chain(*row.values())]
+            published = [str(papers[name].get(data, ("", "–"))[1]) for name in names]
+            ours = [mean_ci(column(row[name])) for name in names]
+            rows.append([label(data, results), f"{np.mean(column(results, 'behaviour')):.1f}", *ours, *published])
+        if table == "table1":
+            verdicts = [met(data, row["PSPO"], row["IQL"]) for data, row in cells.items()]
+            rows = [[*row, verdict] for row, verdict in zip(rows, ["criterion", *verdicts], strict=True)]
+            decided = len(verdicts) - verdicts.count("open")
+            below += [CRITERION, f"It holds on {verdicts.count('yes')} of the {decided} sets that are decided."]
+    elif table == "table2":
+        rows = [["method", "score", "return", "% of the exact optimum", "minutes", "paper"]]
+        papers = {"PSPO": "102.3 ± 1.5", "PSPO, γ = 0.99": "102.3 ± 1.5 (its γ)", "IQL": "0.0 ± 0.0"}
+        for method, results in cells.get("liquidation", {}).items():
+            share = mean_ci([100 * x for x in column(results, "share_of_optimum")], 2)
+            found = [mean_ci(column(results, key)) for key in ("score", "return")]
+            rows.append([method, *found, share, mean_ci(column(results, "minutes")), papers[method]])
+        for result in [*itertools.chain(*cells.get("liquidation", {}).values())][:1]:
+            rows.append(["exact optimum", f"{result['optimum_score']:.1f}", f"{result['optimum']:.1f}", "100", "", ""])
+            rows.append(["behaviour in the data", f"{result['behaviour']:.1f}", "", "", "", ""])
+    elif table == "table3":
+        rows = [["data set", "PSPO", *(x for name in LOST for x in (name, "% lost", "% lost, paper"))]]
+        for data, row in cells.items():
+            task, level = data.removesuffix("-v2").split("-", 1)
+            rows.append([label(data, [*itertools.chain(*row.values())]), mean_ci(column(row["PSPO"]))])
+            for name, lost in LOST.items():
+                full, without = (np.mean(column(row[key]) or [math.nan]) for key in ("PSPO", name))
+                here, paper = f"{100 * (1 - without / full):.1f}", str(lost[task][pspo.LEVELS.index(level)])
+                rows[-1] += [mean_ci(column(row[name])), here.replace("nan", "–"), paper]
+    else:
+        rows = [["data set", "goal", "α", "objective gained", "% of the possible gain", "return gained"]]
+        for (data, row), goal in itertools.product(cells.items(), METHODS[table]):
+            chosen = [next(x for x in result["rows"] if x["alpha"] == result["alpha"]) for result in row[goal]]
+            alpha, *gains = (mean_ci(column(chosen, key), 2) for key in ("alpha", "objective_gain", "return_gain"))
+            share = mean_ci([100 * x for x in column(row[goal], "share_of_possible_gain")])
+            rows.append([label(data, row[goal]), goal, alpha, gains[0], share, gains[1]])
+    commands = dict.fromkeys(f"{job.method}: `{' '.join([f'{job.script}.py', *job.flags])}`" for job in jobs)
+    done = f"{sum(job.state() == 'done' for job in jobs)} of {len(jobs)} runs are in"
+    about = f"{table}: {done}; mean ± 95% interval over seeds (how many). {'; '.join(commands)}."
+    empty = [data for data in every if data not in cells]
+    return "\n\n".join([about, markdown(rows), *below, *([f"Nothing run: {', '.join(empty)}."] if empty else [])])
+
+
+def compare(folders: list[Path]) -> str:
+    """Runs by task, script and the flags in which they differ; means over seeds."""
+    finished = {folder for folder in folders if (folder / "result.json").is_file()}
+    results, runs = [read(folder) for folder in sorted(finished)], {}
+    for result in results:
+        runs.setdefault((result["env_id"], result["script"]), []).append(result)
+    digits = dict(score=1, share_of_optimum=3, share_of_possible_gain=3, minutes=1)
+    keys = {key: n for key, n in digits.items() if any(key in result for result in results)}
+    rows = [["task", "script", "differing flags", *(key.replace("_", " ") for key in keys)]]
+    for (env_id, script), results in sorted(runs.items()):
+        names = {name for result in results for name in result["args"]} - {"seed", "runs_dir", *pspo.HOW}
+        values = {name: {str(result["args"].get(name)) for result in results} for name in sorted(names)}
+        differing, groups = [name for name in values if len(values[name]) > 1], {}
+        for result in results:
+            flags = ", ".join(f"{name} {result['args'].get(name)}" for name in differing)
+            groups.setdefault(flags or "–", []).append(result)
+        for flags, some in sorted(groups.items()):
+            found = [mean_ci([result[key] for result in some if key in result], n) for key, n in keys.items()]
+            rows.append([env_id, script, flags, *found])
+    rest = ", ".join(str(folder) for folder in folders if folder not in finished) or "none"
+    return f"{markdown(rows)}\n\nMean ± 95% interval over seeds (how many). Not finished: {rest}."
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    try:
-        if args.runs_dir:
-            sys.exit(reproduce(args.result, args.runs_dir))
-        with tempfile.TemporaryDirectory() as folder:
-            sys.exit(reproduce(args.result, Path(folder)))
-    except CannotRun as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    args, failed = tyro.cli(Args, description=__doc__.split("\n\n")[0]), 0
+    if args.command == "compare":
+        print(compare([Path(name) for name in args.what]))
+        return
+    unknown = [name for name in args.what if name not in METHODS]
+    if unknown or not args.what:
+        sys.exit(f"which table? {' '.join(unknown)} is none: {', '.join(METHODS)}")
+    for table in args.what:
+        jobs, missing = plan(args, table)
+        if args.command == "table":
+            print(table_text(table, jobs), end="\n\n")
+            continue
+        for name in missing:
+            print(f"{name}: its file is not in $D4RL_DATASET_DIR or ~/.d4rl/datasets: skipped")
+        jobs = [job for job in jobs if job.data not in missing]
+        if args.command == "plan":
+            for job in jobs:
+                print(f"{job.state():6} {job.script}.py --env-id {job.data} {' '.join(job.flags)} --seed {job.seed}")
+        else:
+            failed += run(jobs, args)
+    sys.exit(f"{failed} runs failed" if failed else 0)
 
 
 if __name__ == "__main__":

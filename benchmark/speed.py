@@ -1,436 +1,339 @@
-"""How fast the scripts' training steps are: beside the matrix products they need, and beside other implementations.
+"""How fast the training steps are: beside the matrix products they need, and beside other implementations.
 
-    python benchmark/speed.py                                   # this machine: 1 and 2 CPU threads, and a GPU if any
-    python benchmark/speed.py --compile --bfloat16              # the compiled steps, too, and in bfloat16
-    python benchmark/speed.py --peers DIR --jax-python PYTHON   # and CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL
-    python benchmark/speed.py --growth                          # the dynamics update over members, batch and width
-    python benchmark/speed.py --profile                         # what a step's time goes to, operation by operation
+    python benchmark/speed.py --threads 1 2                          # this machine
+    python benchmark/speed.py --corl CORL --unifloral UNIFLORAL      # beside checkouts of them; unifloral needs JAX
+    python benchmark/speed.py --gpu                                  # recorded steps: the eager ones' results, and time
+    python benchmark/speed.py --growth                               # as pool, N, batch, width and data grow
 
-DIR holds checkouts, each under its own name. Their update code runs as it is, on random rows; the modules that it only
-imports (gym, d4rl, wandb, pyrallis) have stand-ins. All works of a run take turns, one step each, so a machine that
-slows down slows all of them: ratios hold. So that they share nothing else, the C library is told to keep freed memory:
-otherwise a small work fetches again, page by page, what the library gives back after a large one. The floor of a work
-is the same products, at the same shapes, one after another into memory that is there already, with nothing in between.
-The table goes to <output>.md, the numbers, with the machine and the command, to <output>.json.
+Shapes are hopper's, data random. Every implementation is a process of its own, on the given number of threads; they
+take turns, so a machine that slows down slows all of them. The floor of a step is its matrix products alone, at their
+shapes, one after another into memory that is there already: what cannot be left out. Numbers are medians, in ms.
 """
 
-import ctypes
+import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
 import tyro
-from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts are not installed
-from speed_peers import peer_steps  # noqa: E402  (beside this file)
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: --old has modules of the same names
+import iql
+import pspo
 
-import iql  # noqa: E402
-import pspo  # noqa: E402
-
-OBS, ACT, ROWS = 11, 3, 100_000  # hopper's dimensions
-NETS = dict(critic=(2, OBS + ACT, 1), value=(1, OBS, 1), gaussian=(1, OBS, ACT), actor=(1, OBS, 2 * ACT))
-Product = tuple[int, int, int, int]  # size, m, k, n: a stack of (m, k) @ (k, n)
+OBS, ACT, ROWS = 11, 3, 100_000
+KEYS = ("observations", "actions", "rewards", "next_observations", "terminals")
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # else small steps pay for large ones' memory
+SMALL = dict(pool_size=2, active_models=2, dynamics_hidden=8, dynamics_layers=2, dynamics_batch=16, hidden=8)  # --dry
 
 
 @dataclass
 class Args:
-    threads: tuple[int, ...] = (1, 2)
-    """numbers of CPU threads to measure with"""
-    rounds: int = 50
-    """timed steps of every work"""
-    only: str = ""
-    """measure only works whose name contains this"""
-    compile: bool = False
-    """also measure the steps compiled by torch.compile (half a minute of compiling each)"""
-    bfloat16: bool = False
-    """also measure the steps with iql.py's --bfloat16, pspo.py's --dynamics-bfloat16; their floor is that of float32"""
-    growth: bool = False
-    """measure how the dynamics update grows with members, batch and width instead"""
-    profile: bool = False
-    """say also which operations take the time of every step that is not compiled"""
-    evaluation: bool = True
-    """measure 100 evaluation episodes of hopper"""
-    peers: Path | None = None
-    """a folder with checkouts of CORL, OfflineRL-Kit, PMDB, unifloral, JAX-CORL; what is missing is skipped"""
-    jax_python: str | None = None
-    """a Python with jax, flax, optax, distrax and pydantic, for unifloral and JAX-CORL"""
-    small: bool = False
-    """tiny networks, to test this program"""
-    output: Path = Path("speed")
-    """where to write, without suffix"""
+    """Measure the training steps."""
+
+    threads: tuple[int, ...] = (1,)  # numbers of CPU threads
+    rounds: int = 15  # turns of every implementation
+    only: str = ""  # measure only steps whose name contains this
+    old: str = ""  # checkout of this repository before it became minimal
+    corl: str = ""  # checkout of CORL
+    unifloral: str = ""  # checkout of unifloral; PYTHONPATH must have jax, flax, optax and distrax
+    cpu_time: bool = False  # count processor time instead, on one thread: for a machine with other work
+    gpu: bool = False  # the steps on a GPU
+    growth: bool = False  # how the cost grows
+    dry: bool = False  # tiny sizes, and --gpu on the CPU: does it run?
+    worker: str = ""  # internal: the implementation to serve, or the rows whose memory to measure
 
 
-@dataclass
-class Work:
-    """One thing to measure: a step and the matrix products that it cannot do without."""
-
-    name: str
-    step: Callable[[], object]
-    products: list[Product] = field(default_factory=list)
-
-    @property
-    def flop(self) -> int:
-        return sum(2 * size * m * k * n for size, m, k, n in self.products)
+# --- Our steps ---
 
 
-def mlp(size: int, rows: int, widths: list[int], backward: str = "") -> list[Product]:
-    """Products of a stack of MLPs on `rows` rows: forward, and "weights" or "inputs" (of all layers) backward."""
-    forward = [(size, rows, k, n) for k, n in itertools.pairwise(widths)]
-    weights = [(size, k, rows, n) for k, n in itertools.pairwise(widths)]
-    inputs = [(size, rows, n, k) for k, n in itertools.pairwise(widths)]
-    return forward + {"": [], "weights": weights + inputs[1:], "inputs": inputs}[backward]
+def random_rows(device: str = "cpu", rows: int = 0) -> dict[str, torch.Tensor]:
+    g, rows = torch.Generator().manual_seed(0), rows or ROWS
+    obs, action = torch.randn(rows + 1, OBS, generator=g), 1.9 * torch.rand(rows, ACT, generator=g) - 0.95
+    columns = obs[:-1], action, torch.rand(rows, generator=g), obs[1:], torch.rand(rows, generator=g) < 0.01
+    return {key: x.to(device) for key, x in zip(KEYS, columns, strict=True)}
 
 
-def net(name: str, rows: int, hidden: int, backward: str = "") -> list[Product]:
-    size, width, out = NETS[name]
-    return mlp(size, rows, [width, hidden, hidden, out], backward)
+def pspo_args(quick: bool, dry: bool = False, **changes) -> pspo.Args:
+    settings = pspo.SETTINGS["hopper"] | (pspo.QUICK if quick else {}) | (SMALL if dry else {})
+    return replace(pspo.Args(env_id="hopper-medium-v2"), **settings | changes)
 
 
-def iql_products(args: iql.Args) -> list[Product]:
-    """Eqs. (5) to (7): V is asked before and after its step, at s and s' then."""
-    b, h = args.batch_size, args.hidden
-    value = net("value", b, h, "weights") + net("value", 2 * b, h)
-    return value + net("critic", b, h) + net("critic", b, h, "weights") + net("gaussian", b, h, "weights")
-
-
-def dynamics_products(members: int, batch: int, width: int, layers: int) -> list[Product]:
-    return mlp(members, batch, [OBS + ACT, *[width] * layers, 2 * (1 + OBS)], "weights")
-
-
-def pspo_products(args: pspo.Args) -> list[Product]:
-    """Eqs. (3) to (9), in the order of PSPO.iterate; the default posterior and projection."""
-    b, h, rows, samples = args.batch_size, args.hidden, args.batch_size // 2, args.action_samples
-    few = args.evidence_rows
-    model = [OBS + ACT, *[args.dynamics_hidden] * args.dynamics_layers, 2 * (1 + OBS)]
-    products = [p for n in (rows, few) for p in mlp(args.active_models, n, model)]
-    for n in (rows, args.active_models * few, args.model_samples * rows):  # V at these
-        products += net("actor", n, h) + net("actor", n, h) + net("critic", samples * n, h)
-    products += net("actor", rows, h) + net("critic", b, h, "weights")
-    products += net("actor", b, h, "weights") + net("critic", samples // 2 * b, h, "inputs") + 2 * net("actor", b, h)
-    return products
-
-
-def random_rows(obs_dim: int, act_dim: int, device: torch.device) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    data = dict(
-        observations=torch.randn(ROWS, obs_dim, generator=g),
-        actions=torch.rand(ROWS, act_dim, generator=g) * 1.9 - 0.95,
-        rewards=torch.rand(ROWS, generator=g),
-        next_observations=torch.randn(ROWS, obs_dim, generator=g),
-        terminals=torch.rand(ROWS, generator=g) < 0.01,
-    )
-    return {key: value.to(device) for key, value in data.items()}
-
-
-def pspo_work(name: str, device: torch.device, compiled: bool, **changes) -> Work:
-    args, domain = pspo.resolve(pspo.Args(**changes))
-    dims = (3, 1) if domain == "liquidation" else (OBS, ACT)
-    pool = pspo.Dynamics(args.pool_size, *dims, args.dynamics_hidden, args.dynamics_layers).to(device)
-    pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, dims[0]))
-    learner = pspo.PSPO(args, random_rows(*dims, device), domain)
-    learner.behaviour.requires_grad_(False)
+def pspo_learner(args: pspo.Args, device: str = "cpu") -> pspo.PSPO:
+    data = random_rows(device)
+    pool = pspo.empty_pool(args, data, pspo.TERMINAL["hopper"])
+    pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, OBS))
+    learner = pspo.PSPO(args, data, pool)
     learner.redraw(pool)
-    products = [] if domain == "liquidation" else pspo_products(args)
-    return Work(name, pspo.fast(learner.iterate, device, "on" if compiled else "off", 0), products)
+    return learner
 
 
-def dynamics_work(
-    members: int, batch: int, width: int, layers: int, device: torch.device, compiled: bool, bfloat16: bool = False
-) -> Work:
-    """train_dynamics' inner step, written once more: it is a closure there."""
-    pool, data = pspo.Dynamics(members, OBS, ACT, width, layers).to(device), random_rows(OBS, ACT, device)
-    inputs = torch.cat([data["observations"], data["actions"]], -1)
-    outputs = torch.cat([data["rewards"][:, None], data["next_observations"]], -1)
-    optimizer = pspo.Adam((pool.parameters(), 1e-4), weight_decay=7.5e-5)
-    bootstrap = torch.randint(ROWS, (members, ROWS), device=device, dtype=torch.int32)
-
-    def learn() -> torch.Tensor:
-        columns = torch.randint(ROWS, (members, batch), device=device)
-        rows = bootstrap.gather(1, columns).long()
-        losses = pspo.beta_nll(*pool.standardised(inputs[rows], bfloat16), outputs[rows]).mean((1, 2))
-        optimizer.minimise(losses.sum())
-        return losses.detach()
-
-    products = dynamics_products(members, batch, width, layers)
-    name = f"dynamics, {members} × {layers} × {width}, batch {batch}"
-    return Work(name, pspo.fast(learn, device, "on" if compiled else "off", 0), products)
+def pool_step(args: pspo.Args, device: str = "cpu", rows: int = 0) -> Callable[[], torch.Tensor]:
+    """The step that train_dynamics hands to `fast`, which stops it here."""
+    data = random_rows(device, rows)
+    data["known"] = torch.ones_like(data["terminals"])
+    with mock.patch.object(pspo, "fast", side_effect=InterruptedError) as fast, contextlib.suppress(InterruptedError):
+        pspo.train_dynamics(args, data, pspo.TERMINAL["hopper"])
+    return fast.call_args.args[0]
 
 
-def our_works(args: Args, device: torch.device) -> list[Work]:
-    works = []
-    small = dict(hidden=8, batch_size=32) if args.small else {}
-    for bfloat16, compiled in itertools.product({False, args.bfloat16}, {False, args.compile}):
-        end = (", compiled" if compiled else "") + (", bfloat16" if bfloat16 else "")
-        iql_args, _ = iql.resolve(iql.Args(env_id="hopper-medium-v2", bfloat16=bfloat16, **small))
-        learner = iql.IQL(iql_args, random_rows(OBS, ACT, device))
-        update = iql.fast(learner.update, device, "on" if compiled else "off", 0)
-        # the loop's variables are bound now, or every work would run the last one's
-        works.append(Work(f"IQL{end}", lambda i=learner, u=update: (i.draw(), u()), iql_products(iql_args)))
-        for members, width, layers in ((2, 8, 2),) if args.small else ((10, 200, 3), (100, 256, 4)):
-            work = dynamics_work(members, 256, width, layers, device, compiled, bfloat16)
-            work.name += end
-            works.append(work)
-        if bfloat16:  # not of policy iteration
-            continue
-        # The shapes of one update, whatever an option's default is at the moment: named in full
-        models = dict(pool_size=10, active_models=10, **small)
-        hopper = dict(env_id="hopper-medium-v2", **models)
-        published = dict(dynamics_hidden=256, dynamics_layers=4, model_samples=10, action_samples=20)
-        if args.small:
-            published = dict(dynamics_hidden=8, dynamics_layers=2)
-        works += [
-            pspo_work(f"PSPO, hopper --quick{end}", device, compiled, quick=True, **hopper),
-            pspo_work(f"PSPO, hopper, paper's setting{end}", device, compiled, **hopper | published),
-            pspo_work(f"PSPO, liquidation{end}", device, compiled, **models),
-        ]
-    return works
+def our_steps(dry: bool, device: str = "cpu") -> dict[str, Callable[[], Callable]]:
+    """Name of a step → how to make it."""
+    args, quick, paper = iql.Args(hidden=8 if dry else 256), pspo_args(True, dry), pspo_args(False, dry)
+    return {
+        "IQL update": lambda: iql.IQL(args, random_rows(device)).update,
+        "PSPO iteration, quick": lambda: pspo_learner(quick, device).iterate,
+        "PSPO iteration, paper's sizes": lambda: pspo_learner(paper, device).iterate,
+        "pool update, 10 × 3 × 200": lambda: pool_step(quick, device),
+        "pool update, 100 × 4 × 256": lambda: pool_step(paper, device),
+    }
 
 
-def floor(products: list[Product], device: torch.device) -> Callable[[], object]:
-    """The products alone, on a GPU captured like the steps."""
-    new = {shape: torch.randn(shape, device=device) for p in products for shape in ((p[0], p[1], p[2]), p[:1] + p[2:])}
-    out = {(p[0], p[1], p[3]): torch.empty(p[0], p[1], p[3], device=device) for p in products}
-
-    def step() -> torch.Tensor:
-        for size, m, k, n in products:
-            a, b, c = new[size, m, k], new[size, k, n], out[size, m, n]
-            if n == 1:  # one output: the transposed product, which libraries do far faster
-                torch.bmm(b.mT, a.mT, out=c.view(size, 1, m))
-            else:
-                torch.bmm(a, b, out=c)
-        return c[:1, 0]  # iql.Captured copies what a step returns
-
-    return iql.Captured(step) if device.type == "cuda" else step
+def products(step: Callable) -> list[tuple[int, int, int, int]]:
+    """(stack, m, k, n) of every matrix product in a step. Ours have none to spare: tests/test_benchmark.py counts."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step()
+    found = [event.input_shapes for event in profile.events() if event.name in ("aten::bmm", "aten::baddbmm")]
+    pairs = ([shape for shape in shapes if shape][-2:] for shapes in found)  # of baddbmm without what is added
+    return [(*a, b[2]) for a, b in pairs]
 
 
-def milliseconds(steps: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Every step in turn, `rounds` times, after five rounds that do not count; on a GPU each waits for its end."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 5):
-        for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
+# --- Implementations, each called in a process of its own: name of the step, and of the column → step ---
+
+
+def ours(args: Args) -> dict[tuple[str, str], Callable]:
+    pairs, device = itertools.product(our_steps(args.dry).items(), ("eager", "compiled")), torch.device("cpu")
+    return {(name, how): pspo.fast(make(), device, how == "compiled") for (name, make), how in pairs}
+
+
+def floor(args: Args) -> dict[tuple[str, str], Callable]:
+    def replay(shapes: list[tuple[int, int, int, int]]) -> Callable[[], None]:
+        new = {shape: torch.randn(shape) for p in shapes for shape in (p[:3], (p[0], *p[2:]))}
+        out = {(p[0], p[1], p[3]): torch.empty(p[0], p[1], p[3]) for p in shapes}
+
+        def step() -> None:
+            for size, m, k, n in shapes:
+                a, b, c = new[size, m, k], new[size, k, n], out[size, m, n]
+                if n == 1:  # the transposed product, which libraries do far faster
+                    torch.bmm(b.mT, a.mT, out=c.view(size, 1, m))
+                else:
+                    torch.bmm(a, b, out=c)
+
+        return step
+
+    return {(name, "floor"): replay(products(make())) for name, make in our_steps(args.dry).items()}
+
+
+def old(args: Args) -> dict[tuple[str, str], Callable]:
+    """The heavy version's steps: `iql` and `pspo` are its own here."""
+    steps, data, device = {}, random_rows(), torch.device("cpu")
+    common = dict(env_id="hopper-medium-v2", pool_size=10, active_models=10)
+    paper = dict(dynamics_hidden=256, dynamics_layers=4, model_samples=10, action_samples=20)
+    for column, compiled in {"heavy": "off", "heavy, compiled": "on"}.items():
+        learner = iql.IQL(iql.resolve(iql.Args(env_id="hopper-medium-v2"))[0], data)
+        update = iql.fast(learner.update, device, compiled, 0)
+        steps["IQL update", column] = lambda a=learner.draw, b=update: (a(), b())
+        for name, settings in {"quick": dict(quick=True), "paper's sizes": paper}.items():
+            of, domain = pspo.resolve(pspo.Args(**common | settings))
+            learner = pspo.PSPO(of, data, domain)
+            learner.behaviour.requires_grad_(False)
+            learner.active.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, OBS))
+            steps[f"PSPO iteration, {name}", column] = pspo.fast(learner.iterate, device, compiled, 0)
+    return steps
+
+
+def corl(args: Args) -> dict[tuple[str, str], Callable]:
+    sys.modules |= {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}  # only imported
+    from algorithms.offline import iql as theirs
+
+    nets = theirs.GaussianPolicy(OBS, ACT, 1.0), theirs.TwinQ(OBS, ACT), theirs.ValueFunction(OBS)
+    pairs = [x for net in nets for x in (net, torch.optim.Adam(net.parameters(), lr=3e-4))]
+    trainer, buffer = theirs.ImplicitQLearning(1.0, *pairs), theirs.ReplayBuffer(OBS, ACT, ROWS)
+    buffer.load_d4rl_dataset({key: x.numpy() for key, x in random_rows().items()})
+    return {("IQL update", "CORL"): lambda: trainer.train(buffer.sample(256))}
+
+
+def unifloral(args: Args) -> dict[tuple[str, str], Callable]:
+    sys.modules |= {name: mock.MagicMock() for name in ("d4rl", "gym", "wandb")}
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads[0]])  # JAX takes the cores that it finds
+    import jax
+    from algorithms import iql as theirs
+
+    os.environ.pop("XLA_FLAGS", None)  # it sets an option that only GPUs know
+    settings, key, zero = theirs.Args(), jax.random.PRNGKey(0), jax.numpy.zeros
+    obs, action, reward, next_obs, done = (jax.numpy.array(x.numpy()) for x in random_rows().values())
+    data = theirs.Transition(obs=obs, action=action, reward=reward, next_obs=next_obs, done=done * 1.0)
+    stats = obs.mean(0), obs.std(0)
+    actor, q = theirs.TanhGaussianActor(ACT, *stats), theirs.DualQNetwork(*stats)
+    value = theirs.StateValueFunction(*stats)
+    nets = dict(actor=(actor, [zero(OBS)]), dual_q=(q, [zero(OBS), zero(ACT)]), value=(value, [zero(OBS)]))
+    nets["dual_q_target"] = nets["dual_q"]
+    state = theirs.AgentTrainState(**{name: theirs.create_train_state(settings, key, *n) for name, n in nets.items()})
+    update, carry = theirs.make_train_step(settings, actor.apply, q.apply, value.apply, data), (key, state)
+    scan = jax.jit(lambda carry: jax.lax.scan(update, carry, None, UPDATES["unifloral"])[0])
+
+    def step() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(scan(carry))
+
+    return {("IQL update", "unifloral"): step}
+
+
+UPDATES = {"unifloral": 20}  # in one call, as it trains
+SIDES = dict(floor=floor, ours=ours, old=old, corl=corl, unifloral=unifloral)
+
+
+def window(step: Callable, clock: Callable[[], float] = time.perf_counter, wait: Callable = lambda: None) -> float:
+    """ms of a step, mean over 50 ms, or one step."""
+    wait()
+    begin, count = clock(), 0
+    while not count or clock() - begin < 0.05:
+        step()
+        wait()
+        count += 1
+    return 1e3 * (clock() - begin) / count
+
+
+def serve(args: Args) -> None:
+    """In a process of its own: the steps, timed once for every line that comes in."""
+    torch.set_num_threads(args.threads[0])
+    with contextlib.redirect_stdout(sys.stderr):
+        steps = {names: step for names, step in SIDES[args.worker](args).items() if args.only in names[0]}
+        for step, _ in itertools.product(steps.values(), range(4)):  # the first compile
             step()
-            wait()
-            if i >= 5:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+    print("ready", flush=True)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    for _ in sys.stdin:
+        times = [[*names, window(step, clock) / UPDATES.get(names[1], 1)] for names, step in steps.items()]
+        print(json.dumps(times), flush=True)
 
 
-def spread(times: list[float]) -> tuple[float, float, float]:
-    """Median, 10% and 90% quantile."""
-    low, _, _, _, middle, _, _, _, high = statistics.quantiles(times, n=10, method="inclusive")
-    return middle, low, high
-
-
-def measure(works: list[Work], args: Args, device: torch.device) -> list[dict]:
-    works = [work for work in works if args.only in work.name]
-    steps = {work.name: work.step for work in works}
-    steps |= {f"floor of {work.name}": floor(work.products, device) for work in works if work.products}
-    side = 64 if args.small else 2048
-    big = Work("", None, [(1, side, side, side)])
-    steps["matrix product"] = floor(big.products, device)
-    times = {name: spread(t) for name, t in milliseconds(steps, args.rounds, device).items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    peak = big.flop / times["matrix product"][0] / 1e6
-    print(f"\n{where}: matrix products of {side}³ at {peak:.0f} GFLOP/s", flush=True)
-    rows = []
-    for work in works:
-        middle, low, high = times[work.name]
-        row = {"where": where, "work": work.name, "ms": middle, "ms_10%": low, "ms_90%": high, "peak_gflops": peak}
-        if work.products:
-            least = times[f"floor of {work.name}"][0]
-            row |= {"mflop": work.flop / 1e6, "floor_ms": least, "ratio": middle / least}
-            row["share_of_peak"] = work.flop / middle / 1e6 / peak
-        rows.append(row)
-        print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
-    return rows
-
-
-class Stopwatch(TorchDispatchMode):
-    """Adds up the time that each operation takes, in ms, most of what Python and the dispatcher take left out.
-
-    torch.profiler would do, but with it the products of an IQL update took 1.4 times as long.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.times: dict[str, float] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        start = time.perf_counter()
-        result = func(*args, **kwargs or {})
-        name = func._schema.name.removeprefix("aten::")
-        self.times[name] = self.times.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
-        return result
-
-
-def profiles(works: list[Work], args: Args) -> list[dict]:
-    """ms of every operation in a step, the largest first. On the CPU: on a GPU they only start when they return."""
-    where, rows = f"CPU, {torch.get_num_threads()} threads", []
-    for work in works:
-        if args.only not in work.name or ", compiled" in work.name:
-            continue
-        for _ in range(5):
-            work.step()
-        with Stopwatch() as watch:
-            for _ in range(args.rounds):
-                work.step()
-        times = sorted(watch.times.items(), key=lambda item: -item[1])
-        rows.append({"where": where, "work": work.name, "ms": {name: ms / args.rounds for name, ms in times}})
-        largest = [f"{name} {ms:.2f}" for name, ms in list(rows[-1]["ms"].items())[:8]]
-        print(f"{where}, {work.name}: ms of {', '.join(largest)}", flush=True)
-    return rows
-
-
-def growth_works(args: Args, device: torch.device) -> list[Work]:
-    members, batch, width = (2, 16, 8) if args.small else (10, 256, 256)
-    grid = [(m, batch, width) for m in (1, 2, 5, 10, 20, 50, 100, 200)]
-    grid += [(members, b, width) for b in (32, 64, 128, 512, 1024)]
-    grid += [(members, batch, w) for w in (64, 128, 512)]
-    return [dynamics_work(m, b, w, 4, device, False) for m, b, w in (grid[:2] if args.small else grid)]
-
-
-def evaluation(args: Args) -> list[dict]:
-    """100 episodes of hopper, of 300 steps each: pspo.evaluate against one environment after the other."""
-    import gymnasium as gym
-
-    def make_env() -> gym.Env:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return gym.make("Hopper-v4", terminate_when_unhealthy=False, max_episode_steps=length)
-
-    episodes, length, actor = 4 if args.small else 100, 20 if args.small else 300, pspo.Actor(OBS, ACT, 256)
-
-    def one_by_one() -> int:
-        env, steps = make_env(), 0
-        for i in range(episodes):
-            obs, done = env.reset(seed=i)[0], False
-            while not done:
-                obs, _, terminated, truncated, _ = env.step(np.clip(actor.act(obs[None])[0], -1, 1))
-                done, steps = terminated or truncated, steps + 1
-        env.close()
-        return steps
-
-    torch.set_num_threads(1)
-    times: dict[str, list[float]] = {"evaluate": [], "one environment": []}
-    for _ in range(2 if args.small else 5):
-        for name, play in (
-            ("evaluate", lambda: pspo.evaluate(actor.act, make_env, episodes, 0, 0.99)),
-            ("one environment", one_by_one),
-        ):
-            start = time.perf_counter()
-            steps = play()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    rows = []
-    for name, t in times.items():
-        middle, low, high = spread(t)
-        row = {"where": f"CPU, {os.cpu_count()} cores", "work": f"{episodes} hopper episodes, {name}", "ms": middle}
-        rows.append(row | {"ms_10%": low, "ms_90%": high})
-    rows[0]["speedup"] = rows[1]["ms"] / rows[0]["ms"]
-    print(f"\n{episodes} episodes, {steps:,} steps: {rows[0]['speedup']:.2f} times as fast as one environment")
-    return rows
-
-
-def jax_rows(args: Args) -> list[dict]:
-    """unifloral and JAX-CORL in a process of their own, once per number of threads, and on a GPU if JAX finds it."""
-    if not args.peers or not args.jax_python:
-        print("no --peers and --jax-python: JAX implementations not measured")
-        return []
-    command = [args.jax_python, str(Path(__file__).with_name("speed_jax.py")), str(args.peers), str(args.rounds)]
-    places = []
-    for threads in args.threads:
-        cores = sorted(os.sched_getaffinity(0))[:threads]  # XLA takes every core that it may run on
-        places.append((f"CPU, {threads} threads", "cpu", ["taskset", "-c", ",".join(map(str, cores))]))
-    if torch.cuda.is_available():
-        places.append((torch.cuda.get_device_name(), "cuda", []))
-    rows = []
-    for where, platform_name, prefix in places:
-        environment = os.environ | {"JAX_PLATFORMS": platform_name}
-        run = subprocess.run([*prefix, *command], env=environment, capture_output=True, text=True)
-        if run.returncode:
-            print(f"JAX, {where}: not measured: {(run.stderr.strip() or 'no message').splitlines()[-1]}")
-            continue
-        for name, times in json.loads(run.stdout.splitlines()[-1]).items():
-            middle, low, high = spread(times)
-            rows.append({"where": where, "work": name, "ms": middle, "ms_10%": low, "ms_90%": high})
-            print(rows[-1], flush=True)
-    return rows
-
-
-def table(rows: list[dict]) -> str:
-    lines = ["| where | work | ms (10–90%) | MFLOP | floor, ms | × floor |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = [row["where"], row["work"], f"{row['ms']:.2f} ({row['ms_10%']:.2f}–{row['ms_90%']:.2f})"]
-        if "ratio" in row:
-            cells += [f"{row['mflop']:,.0f}", f"{row['floor_ms']:.2f}", f"{row['ratio']:.2f}"]
+def interleaved(args: Args, threads: int, step: str) -> dict[str, float]:
+    """Column → median ms. Only this step in a process: the compiler keeps eight versions of what steps share."""
+    checkouts = dict(old=args.old, corl=args.corl, unifloral=args.unifloral)
+    sides = {"floor": "", "ours": ""} | {side: path for side, path in checkouts.items() if path}
+    flags = [f"--threads={threads}", f"--only={step}", *["--dry"] * args.dry, *["--cpu-time"] * args.cpu_time]
+    workers, times = [], {}
+    for side, checkout in sides.items():
+        path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+        environment = os.environ | KEEP | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+        words = [sys.executable, __file__, *flags, f"--worker={side}"]
+        worker = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        if worker.stdout.readline():
+            workers.append(worker)
         else:
-            cells += ["", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    if not torch.cuda.is_available():
-        lines.append("| GPU | all | not measured: none here | | | |")
-    return "\n".join(lines) + "\n"
+            print(f"{side}: not measured, it ended with the message above", file=sys.stderr)
+    for _, worker in itertools.product(range(args.rounds), workers):
+        print("go", file=worker.stdin, flush=True)
+        for _, column, ms in json.loads(worker.stdout.readline()):
+            times.setdefault(column, []).append(ms)
+    for worker in workers:
+        worker.communicate()
+    return {column: statistics.median(x) for column, x in times.items()}
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []  # Linux only
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def keep_memory() -> None:
-    """glibc: do not map large blocks one by one, and give nothing back."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for what, value in dict(M_MMAP_MAX=(-4, 0), M_TRIM_THRESHOLD=(-1, 2**31 - 1)).values():
-            libc.mallopt(what, value)
+def on_cpu(args: Args) -> None:
+    before, names = os.getloadavg()[0], [name for name in our_steps(args.dry) if args.only in name]
+    found = {pair: interleaved(args, *pair) for pair in itertools.product(args.threads, names)}
+    columns = list(dict.fromkeys(column for ms in found.values() for column in ms))
+    rows = [["step", "threads", *columns, "best / floor"]]
+    for (threads, step), ms in found.items():
+        cells = [f"{ms[column]:.2f}" if column in ms else "" for column in columns]
+        rows.append([step, str(threads), *cells, f"{min(ms['eager'], ms['compiled']) / ms['floor']:.2f}"])
+    print(markdown(rows))
+    how = f"ms, {'processor' if args.cpu_time else 'wall-clock'} time, medians of {args.rounds} interleaved rounds"
+    print(
+        f"\n{how}; {os.cpu_count()} cores, load {before:.1f} to {os.getloadavg()[0]:.1f}, PyTorch {torch.__version__}"
+    )
 
 
-def main(args: Args) -> None:
-    rows, parts = [], []
-    keep_memory()
-    make = growth_works if args.growth else our_works
+def on_gpu(args: Args) -> None:
+    """Recorded steps: are their results those of the eager ones? And their times."""
+    if not (torch.cuda.is_available() or args.dry):
+        sys.exit("no GPU here (--dry runs it with tiny sizes on the CPU)")
+    device, wait = torch.device("cpu" if args.dry else "cuda"), (lambda: None) if args.dry else torch.cuda.synchronize
+    makes, steps = our_steps(args.dry, device.type), 10 if args.dry else 200
+    for name in ("IQL update", "PSPO iteration, paper's sizes"):
+        ends = []
+        for recorded in (False, True):
+            torch.manual_seed(1)
+            step = makes[name]()
+            fast = pspo.fast(step, device, False) if recorded else step
+            for _ in range(steps):
+                fast()
+            ends.append({key: x.double() for key, x in step.__self__.state_dict().items()})
+        apart = max(((x - ends[1][key]).abs() / (1 + x.abs())).max().item() for key, x in ends[0].items())
+        verdict = "equal" if apart < 1e-4 else "DIFFERENT"
+        print(f"{name}: {steps} steps, recorded and eager: {verdict}, at most {apart:.1e} apart", flush=True)
+    best, rows = {}, [["step, ms", "eager", "recorded", "compiled and recorded"]]
+    for name, make in makes.items():
+        torch.compiler.reset()  # it keeps eight versions of what the steps share
+        variants = make(), pspo.fast(make(), device, False), pspo.fast(make(), device, True)
+        for step, _ in itertools.product(variants, range(5)):  # the first compile and record
+            step()
+        times = [statistics.median(window(step, wait=wait) for _ in range(args.rounds)) for step in variants]
+        best[name] = min(times)
+        rows.append([name, *(f"{ms:.3f}" for ms in times)])
+    where = "CPU, a dry run" if args.dry else torch.cuda.get_device_name()
+    print(f"\n{where}, PyTorch {torch.__version__}\n\n{markdown(rows)}\n")
+    update, _, iteration, _, pool = best
+    print(f"PSPO at the paper's sizes: {best[iteration]:.2f} ms an iteration; the paper: 112 (RTX 3090 Ti)")
+    print(f"IQL: {1e3 / best[update]:,.0f} updates a second, a million in {best[update] / 0.06:.1f} minutes")
+    print(f"100 models: {1e3 / best[pool]:,.0f} updates a second")
 
-    def works_on(device: torch.device) -> list[Work]:
-        works = make(args, device)
-        if args.peers and not args.growth:
-            peers = peer_steps(args.peers.resolve(), random_rows(OBS, ACT, device))
-            works += [Work(name, step) for name, step in peers.items()]
-        return works
 
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    works = works_on(cpu)
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        rows += measure(works, args, cpu)
-        parts += profiles(works, args) if args.profile else []
-    if torch.cuda.is_available():
-        torch._dynamo.reset()  # the compiler keeps eight versions of a function, and these are measured
-        rows += measure(works_on(gpu), args, gpu)
+def memory(rows: int, dry: bool) -> None:
+    """Peak memory of this process, in GB, after reading the data and a step of the paper's pool."""
+    data = {key: x.numpy() for key, x in random_rows(rows=rows).items()}
+    pspo.make_dataset(data, "random rows")
+    pool_step(pspo_args(False, dry), rows=rows)()
+    status = Path("/proc/self/status").read_text()  # Linux; not getrusage, which has the parent's peak after a fork
+    print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
+
+
+def growth(args: Args) -> None:
+    torch.set_num_threads(args.threads[0])
+    rows, few = [["step", "what grows", "small", "middle", "large"]], dict(pool_size=10, active_models=5)
+    for name, what, key, values in (
+        ("pool update, 4 × 256, batch 256", "models", "pool_size", (10, 30, 100)),
+        ("pool update, 10 models", "batch", "dynamics_batch", (64, 256, 1024)),
+        ("pool update, 10 models", "width", "dynamics_hidden", (128, 256, 512)),
+        ("PSPO iteration, paper's sizes", "N", "active_models", (5, 10, 40)),
+    ):
+        rows.append([name, what])
+        for value in values:
+            of = pspo_args(False, args.dry, **few | (dict(pool_size=40) if what == "N" else {}) | {key: value})
+            step = pspo_learner(of).iterate if what == "N" else pool_step(of)
+            rows[-1].append(f"{value}: {statistics.median(window(step) for _ in range(args.rounds)):.1f} ms")
+    rows.append(["peak memory, the paper's pool", "data rows"])
+    for count in (2_000, 10_000, 20_000) if args.dry else (200_000, 1_000_000, 2_000_000):
+        words = [sys.executable, __file__, f"--worker={count}", *["--dry"] * args.dry]
+        rows[-1].append(f"{count:,}: {float(subprocess.check_output(words)):.1f} GB")
+    print(markdown(rows))
+    print(f"\neager, {args.threads[0]} thread(s), medians of {args.rounds}, load {os.getloadavg()[0]:.1f}")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.worker:
+        memory(int(args.worker), args.dry) if args.worker.isdigit() else serve(args)
     else:
-        print("no GPU: its rows are not measured")
-    if not args.growth:
-        rows += jax_rows(args) + (evaluation(args) if args.evaluation else [])
-    machine = {"cpu": processor(), "platform": platform.platform(), "torch": torch.__version__}
-    content = {"command": " ".join(sys.argv), "machine": machine, "rows": rows, "profiles": parts}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(table(rows))
+        (on_gpu if args.gpu else growth if args.growth else on_cpu)(args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    main()

@@ -1,159 +1,273 @@
-"""The shared data block: what a row means, what is refused, how D4RL's files are downloaded."""
+"""Data: what a row means, what is refused or noted, actions and units, Minari, downloads, evaluation environments."""
 
 import hashlib
 import http.server
-import importlib
-import socketserver
-import sys
 import threading
-from pathlib import Path
+from dataclasses import replace
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from d4rl_layout import KEYS, columns, episodes, write
+import torch
+from gymnasium.spaces import Box
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["pspo", "iql", "steer_poe"]
+import iql
+import liquidation_env
+import pspo
+
+KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # D4RL's layout
+ARGS = iql.Args()
 
 
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return importlib.import_module(request.param)
+def columns(lengths, ends, obs_dim=3, act_dim=2, seed=0):
+    """D4RL's columns of smooth random walks; ends[i] is "terminal", "timeout" or "" (flagged as neither)."""
+    rng, parts = np.random.default_rng(seed), {key: [] for key in KEYS}
+    for length, end in zip(lengths, ends, strict=True):
+        obs = rng.normal(size=obs_dim) * 5 + 0.2 * rng.normal(size=(length + 1, obs_dim)).cumsum(0)
+        obs, last = obs.astype(np.float32), np.arange(length) == length - 1
+        actions, rewards = rng.uniform(-1, 1, (length, act_dim)), rng.normal(size=length)
+        flags = last & (end == "terminal"), last & (end == "timeout")
+        for key, x in zip(KEYS, (obs[:-1], np.float32(actions), np.float32(rewards), obs[1:], *flags), strict=True):
+            parts[key].append(x)
+    return {key: np.concatenate(x) for key, x in parts.items()}
+
+
+def three():
+    """Rows 0-3 end in a terminal, 4-8 in a timeout, 9-11 in a terminal."""
+    return columns((4, 5, 3), ("terminal", "timeout", "terminal"))
 
 
 def without(arrays, *keys):
-    return {key: value for key, value in arrays.items() if key not in keys}
+    return {key: x for key, x in arrays.items() if key not in keys}
 
 
-def three_episodes():
-    """Rows 0-3 end in a terminal, 4-8 in a timeout, 9-11 in a terminal."""
-    return columns(episodes(4, 5, 3), ("terminal", "timeout", "terminal"))
+def make(arrays, env=None):
+    return iql.make_dataset(arrays, "x", env)
 
 
-def same(one, other):
-    return all(np.array_equal(getattr(one, key), getattr(other, key)) for key in KEYS)
+def lengths(data):
+    return np.diff(np.flatnonzero(data.columns["ends"]), prepend=-1).tolist()
+
+
+def refused(call, *args):
+    """The one line that the script stops with."""
+    with pytest.raises(SystemExit) as error:
+        call(*args)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+    return error.value.code
+
+
+def task(obs=3, act=2, bound=1.0, limit=None):
+    env = gym.Env()
+    env.observation_space = Box(-np.inf, np.inf, (obs,))
+    env.action_space = Box(-bound, bound, (act,))
+    env.spec = gym.envs.registration.EnvSpec("Task-v0", max_episode_steps=limit)
+    return env
+
+
+def record(env_id, rows, seed=0):
+    """D4RL's columns of random actions in an environment."""
+    env, parts = gym.make(env_id), []
+    env.action_space.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    for _ in range(rows):
+        action = env.action_space.sample()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        parts.append((obs, action, reward, next_obs, terminated, truncated))
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    return dict(zip(KEYS, map(np.array, zip(*parts, strict=True)), strict=True))
+
+
+def write(path, arrays):
+    with h5py.File(path, "w") as file:
+        for key, x in arrays.items():
+            file[key] = x
+    return path
+
+
+def notes(env_id, arrays, rule=None, script=iql, **flags):
+    """All that the run would note about these data as data of env_id, in one string."""
+    args = script.Args(env_id=env_id, dataset_path="x", **flags)
+    env = script.make_env(args)
+    data = script.make_dataset(arrays, "x", env)
+    return "; ".join(data.notes + script.doubts(data, env, args, None, rule))
 
 
 # --- What a row means ---
-def test_columns_keep_their_values_and_get_their_types(script):
-    arrays = three_episodes()
-    data = script.make_dataset(arrays, "name", "source")
-    for key in KEYS:
-        assert np.array_equal(getattr(data, key), arrays[key])
-        assert getattr(data, key).dtype == (bool if key in ("terminals", "timeouts") else np.float32)
-    assert (data.name, data.source, data.dropped, data.cut) == ("name", "source", 0, False)
+def test_true_next_states_and_ends():
+    arrays = three()
+    data = make(arrays)
+    for key in KEYS[:5]:
+        assert np.array_equal(data.columns[key], arrays[key]), key
+        assert data.columns[key].dtype == (bool if key == "terminals" else np.float32)
+    assert np.flatnonzero(data.columns["terminals"]).tolist() == [3, 11]  # the timeout is none
+    assert data.columns["known"].all() and lengths(data) == [4, 5, 3] and not data.notes
+    assert data.returns == pytest.approx([x.sum(dtype=np.float64) for x in np.split(arrays["rewards"], [4, 9])])
+    arrays["timeouts"] |= arrays["terminals"]  # Minari's last rows: the terminal counts
+    assert make(arrays).sha256 == data.sha256
+    other = {key: x.astype(np.float64) for key, x in arrays.items()}
+    other |= {key: other[key][:, None] for key in ("rewards", "terminals")} | {"timeouts": np.uint8(arrays["timeouts"])}
+    assert make(other).sha256 == data.sha256  # whatever the dtypes, and columns of one
+    arrays["rewards"][:4] = [2.0**24, 1, 1, 1]
+    assert make(arrays).sha256 != data.sha256 and make(arrays).returns[0] == 2.0**24 + 3  # summed in float64
 
 
-def test_next_state_derived_from_the_following_row(script):
-    arrays = three_episodes()
-    data = script.make_dataset(without(arrays, "next_observations"), "name", "source")
-    kept = np.delete(np.arange(12), 8)  # row 8 timed out: its successor is unknown
-    assert data.dropped == 1
+def test_derived_next_states():
+    """Adroit's and AntMaze's files: the terminal row with the reward stays, a timed-out row is dropped."""
+    arrays = three()
+    data, kept = make(without(arrays, "next_observations")), np.delete(np.arange(12), 8)
     for key in ("observations", "actions", "rewards", "terminals"):
-        assert np.array_equal(getattr(data, key), arrays[key][kept])
-    inner = ~data.terminals
-    assert np.array_equal(data.next_observations[inner], arrays["next_observations"][kept][inner])
-    # a terminal row stays, and its placeholder is its own state: never the next episode's first one
-    assert np.array_equal(data.next_observations[~inner], data.observations[~inner])
-    assert np.flatnonzero(data.terminals).tolist() == [3, 10]
-    assert np.flatnonzero(data.timeouts).tolist() == [7]  # row 7 is now its episode's last
+        assert np.array_equal(data.columns[key], arrays[key][kept])
+    known = data.columns["known"]
+    assert np.flatnonzero(~known).tolist() == [3, 10]  # the terminal rows
+    assert np.array_equal(data.columns["next_observations"][known], arrays["next_observations"][kept][known])
+    assert lengths(data) == [4, 4, 3]
+    assert data.returns[1] == pytest.approx(arrays["rewards"][4:9].sum())  # the dropped row's reward counts
+    clusters = make(without(columns((1, 1, 1, 4), ["terminal"] * 3 + ["timeout"]), "next_observations"))
+    assert clusters.columns["terminals"].tolist() == [True, True, True, False, False, False]
+    lost = columns((1, 1), ("timeout", "timeout"))
+    assert "no row has a next state" in refused(make, without(lost, "next_observations"))
+    arrays = columns((3, 4), ("terminal", ""))  # the file stops inside an episode
+    data, derived = make(arrays), make(without(arrays, "next_observations"))
+    assert lengths(data) == [3, 4] and data.returns == pytest.approx([arrays["rewards"][:3].sum()])
+    assert lengths(derived) == [3, 3] and len(derived.returns) == 1
 
 
-def test_rows_after_an_unmarked_end_of_file(script):
-    arrays = columns(episodes(3, 4), ("terminal", ""))
-    with_next = script.make_dataset(arrays, "name", "source")
-    assert with_next.cut and len(with_next.rewards) == 7 and with_next.timeouts.tolist() == [False] * 6 + [True]
-    assert script.episode_returns(with_next) == pytest.approx([arrays["rewards"][:3].sum()])
-    derived = script.make_dataset(without(arrays, "next_observations"), "name", "source")
-    assert derived.cut and derived.dropped == 1 and np.flatnonzero(derived.timeouts).tolist() == [5]
-    assert np.array_equal(derived.next_observations[3:], arrays["next_observations"][3:6])
+@pytest.mark.parametrize("gone", [(), ("timeouts",)])
+def test_time_limits_that_nobody_flagged(gone):
+    """medium-replay's: found where the next state is not the following row."""
+    data = make(without(columns((1000, 1000, 300), ("", "", "terminal")), *gone), task(limit=1000))
+    assert lengths(data) == [1000, 1000, 300] and len(data.returns) == 3 and not data.notes
 
 
-def test_one_row_episodes_without_next_state_vanish(script):
-    arrays = columns(episodes(2, 1, 3, 1), ("terminal", "timeout", "terminal", ""))
-    data = script.make_dataset(without(arrays, "next_observations"), "name", "source")
-    assert data.dropped == 2 and not data.cut
-    assert np.flatnonzero(data.terminals).tolist() == [1, 4] and not data.timeouts.any()
+# --- Files that contradict themselves ---
+@pytest.mark.parametrize("price", [50_000, 1.0, 5e6, 1.7e9, -3e-8])
+def test_rounding_is_no_jump(price):
+    """s' stored as s + change; a price, a clock in seconds, a tiny unit."""
+    walk = price * (1 + np.random.default_rng(0).normal(0, 6e-4, (2, 51)).cumsum(1))
+    obs, change = np.float32(walk), np.float32(np.diff(walk, axis=1))
+    last = (np.arange(100) % 50 == 49, np.zeros(100, bool))
+    obs, next_obs = (x.reshape(100, 1) for x in (obs[:, :-1], obs[:, :-1] + change))
+    actions, rewards = np.random.default_rng(1).uniform(-1, 1, (100, 1)), np.ones(100)
+    assert lengths(make(dict(zip(KEYS, (obs, actions, rewards, next_obs, *last), strict=True)))) == [50, 50]
 
 
-def test_clusters_of_terminals_are_kept(script):
-    arrays = columns(episodes(1, 1, 1, 4), ("terminal", "terminal", "terminal", "timeout"))
-    data = script.make_dataset(without(arrays, "next_observations"), "name", "source")
-    assert data.terminals.tolist() == [True, True, True, False, False, False]
+def test_float16_is_no_jump_and_a_small_jump_is():
+    arrays = columns((40, 60), ("timeout", "terminal"))
+    for keys in (("observations",), ("next_observations",), ("observations", "next_observations")):
+        rounded = {key: x.astype(np.float16) if key in keys else x for key, x in arrays.items()}
+        assert lengths(make(rounded)) == [40, 60]
+    arrays["observations"][20] += 0.1 * arrays["observations"].std(0)
+    assert lengths(make(arrays)) == [20, 20, 60]
 
 
-def test_timeouts_are_not_terminals_and_a_terminal_is_no_timeout(script):
-    arrays = three_episodes()
-    arrays["timeouts"] = arrays["timeouts"] | arrays["terminals"]
-    data = script.make_dataset(arrays, "name", "source")
-    assert np.flatnonzero(data.terminals).tolist() == [3, 11]
-    assert np.flatnonzero(data.timeouts).tolist() == [8]
+@pytest.mark.parametrize("which", ["terminals", "timeouts", "both", "first"])
+def test_next_state_of_an_automatic_reset_is_unknown(which):
+    """next_observations at ends are the next episode's first state: a vector environment in SAME_STEP mode."""
+    arrays = columns((10,) * 6, ("terminal", "timeout") * 3)
+    ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"])[:-1]
+    ends = dict(both=ends, first=ends[:1]).get(which, ends[::2] if which == "terminals" else ends[1::2])
+    wrong = dict(arrays, next_observations=arrays["next_observations"].copy())
+    wrong["next_observations"][ends] = arrays["observations"][ends + 1]
+    data = make(wrong)
+    assert f"at {len(ends)} episode ends" in data.notes[0]
+    learnt = {x.tobytes() for x in data.columns["next_observations"][data.columns["known"]]}
+    assert not learnt & {arrays["observations"][i + 1].tobytes() for i in ends}
+    kept = arrays["terminals"] | ~np.isin(np.arange(60), ends)  # a timed-out row goes, a terminal one is masked
+    assert np.array_equal(data.columns["rewards"], arrays["rewards"][kept]) and len(data.returns) == 6
+    assert (~data.columns["known"]).sum() == arrays["terminals"][ends].sum()
 
 
-def test_missing_timeouts_are_found_by_continuity(script):
-    arrays = columns(episodes(4, 5, 3), ("", "terminal", ""))
-    data = script.make_dataset(without(arrays, "timeouts"), "name", "source")
-    assert np.flatnonzero(data.timeouts).tolist() == [3, 11]
-    assert script.episode_ends(data).tolist() == [3, 8, 11]
+@pytest.mark.parametrize("derived", [False, True])
+def test_rows_that_only_reset_a_vector_environment(derived):
+    """NEXT_STEP mode: after the end a row leads from the last state to the next episode's first one, reward 0."""
+    arrays = columns((30, 20, 30), ("terminal", "timeout", "timeout"))
+    rows, final = np.array([30, 50]), arrays["next_observations"][[29, 49]]
+    added = dict(observations=final, next_observations=arrays["observations"][rows], rewards=0, terminals=0, timeouts=0)
+    added["actions"] = arrays["actions"][rows]
+    with_resets = {key: np.insert(x, rows, added[key], 0) for key, x in arrays.items()}
+    gone = ("next_observations",) if derived else ()
+    data = make(without(with_resets, *gone))
+    assert data.sha256 == make(without(arrays, *gone)).sha256 and "without 2 rows that only reset" in data.source
+    arrays["rewards"][rows] = 0  # a first reward of 0 alone makes no such row
+    assert "reset" not in make(without(arrays, *gone)).source
 
 
-def test_unmarked_jump_ends_an_episode(script):
-    arrays = columns(episodes(6, 4), ("", "terminal"))
-    assert not arrays["timeouts"].any()
-    assert np.flatnonzero(script.make_dataset(arrays, "name", "source").timeouts).tolist() == [5]
-    arrays = columns(episodes(6), ("terminal",))
-    arrays["observations"][3] += np.float32(1e-4)  # small, but no rounding
-    assert np.flatnonzero(script.make_dataset(arrays, "name", "source").timeouts).tolist() == [2]
+@pytest.mark.parametrize("how", ["shuffled", "in turn"])
+def test_rows_in_no_order(how):
+    arrays = columns((50,) * 8, ("terminal", "timeout") * 4)
+    order = np.arange(400).reshape(8, 50).T.ravel() if how == "in turn" else np.random.default_rng(0).permutation(400)
+    arrays = {key: x[order] for key, x in arrays.items()}
+    data = make(arrays)
+    assert "in no order" in data.notes[0] and not len(data.returns) and len(data.columns["rewards"]) == 400
+    assert "no range of episode returns" in refused(iql.reward_scale, "return_range", data.returns)
+    assert "unrelated" in make(without(arrays, "next_observations")).notes[0]
 
 
-def test_time_limit_episodes_have_1000_rows_or_999(script):
-    arrays = columns(episodes(1000, 1000, 300), ("timeout", "timeout", "terminal"))
-    data = script.make_dataset(arrays, "name", "source")
-    assert np.diff(script.episode_ends(data), prepend=-1).tolist() == [1000, 1000, 300]
-    data = script.make_dataset(without(arrays, "next_observations"), "name", "source")
-    assert np.diff(script.episode_ends(data), prepend=-1).tolist() == [999, 999, 300]
-    steps = np.split(arrays["rewards"].astype(np.float64), [1000, 2000])
-    expected = [steps[0][:-1].sum(), steps[1][:-1].sum(), steps[2].sum()]
-    assert np.allclose(script.episode_returns(data), expected, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("number", [2, 100])
+def test_episodes_longer_than_the_task_has(number):
+    arrays = columns((50,) * number, [""] * number)
+    arrays = without(arrays, "next_observations")
+    assert "nobody set 'timeouts'" in refused(make, arrays, task(limit=50))
+    assert "all are one episode" in make(arrays).notes[0]  # without an environment nobody knows the limit
+    arrays["timeouts"][99 :: 100 if number > 2 else 98] = True  # every second one
+    assert "100 rows" in refused(make, arrays, task(limit=50)) or number == 2
+    arrays |= {"next_observations": np.roll(arrays["observations"], -1, 0), "timeouts": arrays["timeouts"] & False}
+    assert "nobody set" in make(arrays, task(limit=50)).notes[0]
 
 
-def test_other_dtypes_and_column_vectors(script, tmp_path):
-    arrays = three_episodes()
-    other = {key: value.astype(np.float64) for key, value in arrays.items()}
-    other["timeouts"] = arrays["timeouts"].astype(np.uint8)
-    other["rewards"], other["terminals"] = other["rewards"][:, None], other["terminals"][:, None]
-    data = script.load_dataset("name", write(tmp_path / "a.hdf5", other))
-    assert same(data, script.make_dataset(arrays, "name", "source"))
-    assert data.rewards.dtype == np.float32
+@pytest.mark.parametrize("derived", [False, True])
+def test_flags_the_wrong_way_round(derived):
+    gone = ("next_observations",) if derived else ()
+    at_limit = without(columns((50,) * 5 + (30,), ["terminal"] * 5 + ["timeout"]), *gone)
+    assert "are they timeouts?" in "".join(make(at_limit, task(limit=50)).notes)
+    early = without(columns((17, 30, 50, 25), ["timeout"] * 2 + ["terminal", "timeout"]), *gone)
+    assert "are they terminals?" in "".join(make(early, task(limit=50)).notes)
+    right = without(columns((50, 30, 50, 25), ["timeout", "terminal"] * 2), *gone)
+    assert not make(right, task(limit=50)).notes
 
 
-def test_hash_tells_content_not_origin(script):
-    arrays = three_episodes()
-    data = script.make_dataset(arrays, "one", "here")
-    assert data.sha256 == script.make_dataset(arrays, "two", "there").sha256
-    arrays["rewards"][5] += 1
-    assert data.sha256 != script.make_dataset(arrays, "one", "here").sha256
+# --- Data and task ---
+def test_terminals_and_the_tasks_rule():
+    rule, hopper = pspo.TERMINAL["hopper"], record("Hopper-v4", 600)
+    assert hopper["terminals"].sum() > 10 and notes("hopper-random-v2", hopper, rule, pspo) == ""
+    swapped = hopper | dict(terminals=hopper["timeouts"], timeouts=hopper["terminals"])
+    for wrong in (swapped, hopper | dict(terminals=hopper["terminals"] & False)):
+        said = refused(notes, "hopper-random-v2", wrong, rule, pspo)
+        assert "terminals 0" in said and "--learn-termination" in said
+    cheetah = columns((1000,) * 3, ["terminal"] * 3, 17, 6)
+    said = refused(notes, "halfcheetah-medium-v2", cheetah, pspo.TERMINAL["halfcheetah"], pspo)
+    assert "rule ends 0 rows, the data's terminals 3" in said
+    assert "are they timeouts?" in notes("halfcheetah-medium-v2", cheetah)  # iql.py knows no rule
+    assert "are they terminals?" in notes("hopper-random-v2", swapped)
 
 
-def test_returns_are_summed_in_float64(script):
-    arrays = columns(episodes(3, 2), ("terminal", "terminal"))
-    arrays["rewards"][:] = [2.0**24, 1, 1, 1, 2]
-    returns = script.episode_returns(script.make_dataset(arrays, "name", "source"))
-    assert returns.dtype == np.float64 and returns.tolist() == [2.0**24 + 2, 3]
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1", "HalfCheetah-v4"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_normalised_observations(env_id, derived):
+    arrays = without(record(env_id, 1500), *(["next_observations"] if derived else []))
+    assert notes(env_id, arrays) == ""
+    mean, std = arrays["observations"].mean(0), arrays["observations"].std(0)
+    normalised = arrays | {k: (arrays[k] - mean) / std for k in arrays if k.endswith("observations")}
+    assert "normalised?" in notes(env_id, normalised)
+    if env_id == "Hopper-v4" and not derived:
+        said = refused(notes, env_id, normalised, pspo.TERMINAL["hopper"], pspo)
+        assert "normalised observations?" in said and "--learn-termination" in said
+        running = arrays | {k: (arrays[k] - 0.9 * mean) / (1.1 * std) for k in arrays if k.endswith("observations")}
+        assert "starts elsewhere than the data's episodes (column 0: " in notes(env_id, running)
 
 
-def test_data_card(script):
-    arrays = columns(episodes(4, 5, 3), ("terminal", "timeout", ""))
-    arrays["rewards"][:] = 1
-    data = script.make_dataset(arrays, "hopper-medium-v2", "file x.hdf5")
-    card = script.data_card(data)
-    for text in ("hopper-medium-v2: file x.hdf5", "observations 3", "actions 2", "cut off", data.sha256[:12]):
-        assert text in card
-    assert "min 4.0, mean 4.5, max 5.0 of 2 complete episodes" in card
-    dropped = script.make_dataset(without(arrays, "next_observations"), "name", "source")
-    assert "10 (2 more without a next state left out)" in script.data_card(dropped)
+@pytest.mark.parametrize("derived", [False, True])
+def test_liquidation_of_another_market(derived):
+    def said(**market):
+        arrays = liquidation_env.behaviour_dataset(300, 0, **market)
+        return notes("liquidation", without(arrays, *(["next_observations"] if derived else [])))
+
+    assert said() == ""
+    for market in (dict(horizon=40), dict(horizon=21), dict(horizon=10), dict(sigma=0.3), dict(inventory=200.0)):
+        assert "another market" in said(**market), market
+    assert "starts elsewhere" in said(inventory=50.0) and "starts elsewhere" in said(initial_price=2.0)
 
 
 # --- What is refused ---
@@ -165,472 +279,245 @@ def spoil(key, index, value):
     return change
 
 
-def put(key, value):
-    return lambda arrays: arrays.update({key: value(arrays[key])})
+def put(key, change):
+    return lambda arrays: arrays.update({key: change(arrays[key])})
 
 
-BAD = {
-    "missing key": (lambda a: a.pop("actions"), "no actions; it has observations"),
-    "missing ends": (lambda a: (a.pop("timeouts"), a.pop("next_observations")), "no timeouts (or next_obs"),
-    "lengths": (put("rewards", lambda x: x[:-1]), "'rewards' has shape (11,)"),
-    "more rows": (put("timeouts", lambda x: np.append(x, False)), "'timeouts' has shape (13,)"),
-    "rank": (put("observations", lambda x: x[:, 0]), "'observations' has shape (12,)"),
-    "rank of rewards": (put("rewards", lambda x: np.stack([x, x], 1)), "'rewards' has shape (12, 2)"),
-    "scalar": (put("terminals", lambda x: np.float32(0)), "'terminals' has shape ()"),
-    "widths": (put("next_observations", lambda x: x[:, :2]), "'next_observations' has shape (12, 2)"),
-    "empty": (lambda a: a.update({k: v[:0] for k, v in a.items()}), "'observations' is empty"),
-    "text": (put("actions", lambda x: x.astype("S8")), "'actions' has dtype"),
-    "complex": (put("rewards", lambda x: x.astype(complex)), "'rewards' has dtype complex128"),
-    "NaN": (spoil("observations", (7, 2), np.nan), "has a NaN or infinite value, first in row 7"),
-    "first row": (spoil("actions", (0, 0), np.nan), "'actions' has a NaN or infinite value, first in row 0"),
-    "infinite": (spoil("rewards", 11, -np.inf), "'rewards' has a NaN or infinite value, first in row 11"),
-    "beyond float32": (spoil("next_observations", (3, 0), 1e39), "'next_observations' has a NaN or infinite"),
-    "NaN flag": (spoil("terminals", 2, np.nan), "'terminals' has a value other than 0 and 1, first in row 2"),
-    "flag 2": (spoil("timeouts", 4, 2), "'timeouts' has a value other than 0 and 1, first in row 4"),
-    "actions": (spoil("actions", (2, 1), -1.01), "'actions' reach 1.01"),
+REFUSED = {
+    **{f"no {key}": (lambda a, key=key: a.pop(key), f"no {key} in it") for key in (*KEYS[:3], "terminals")},
+    "no ends": (lambda a: (a.pop("timeouts"), a.pop("next_observations")), "no timeouts (or next_observations)"),
+    "nothing": (dict.clear, "no actions, observations, rewards, terminals, timeouts"),
+    "lengths": (put("rewards", lambda x: x[:-1]), "12 observations and 11 rewards"),
+    "more rows": (put("timeouts", lambda x: np.append(x, False)), "13 timeouts and 12 rewards"),
+    "empty": (lambda a: a.update({key: x[:0] for key, x in a.items()}), "0 observations and 0 rewards"),
+    "images": (put("observations", lambda x: np.zeros((12, 8, 8, 3))), "observations have shape (12, 8, 8, 3)"),
+    "one feature without its axis": (put("observations", lambda x: x[:, 0]), "only vectors (N, d)"),
+    "two rewards": (put("rewards", lambda x: np.stack([x, x], 1)), "rewards have shape (12, 2)"),
+    "widths": (put("next_observations", lambda x: x[:, :2]), "next_observations are (12, 2)"),
+    "integer actions": (put("actions", lambda x: np.int64(x > 0)), "actions are int64 (12, 2): only continuous"),
+    "discrete actions": (put("actions", lambda x: np.int64(x[:, 0] > 0)), "only continuous ones, float (N, d)"),
+    "1-d actions": (put("actions", lambda x: x[:, 0]), "actions are float32 (12,): only continuous ones, float (N, d)"),
+    "a scale of 50": (spoil("actions", (2, 1), -50.0), "rescale them if the unit differs"),
+    "before the clip": (spoil("actions", (2, 1), 1.3), "np.clip them if they were recorded before"),
+    "just over": (spoil("actions", (2, 1), -1.01), "leave the bounds [-1. -1.] to [1. 1.]"),
+    **{f"NaN {key}": (spoil(key, 7, np.nan), f"{key} are NaN or infinite in 1 rows, first in [7]") for key in KEYS},
+    "infinite": (spoil("rewards", [3, 11], -np.inf), "rewards are NaN or infinite in 2 rows, first in [ 3 11]"),
+    "beyond float32": (spoil("next_observations", (0, 0), 1e39), "next_observations are NaN or infinite"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_columns_are_refused_by_file_and_key(script, tmp_path, case):
-    change, message = BAD[case]
-    arrays = three_episodes()
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_refused_in_one_line(case):
+    change, words = REFUSED[case]
+    arrays = three()
     change(arrays)
-    with pytest.raises(script.UserError) as error:
-        script.load_dataset("name", write(tmp_path / "bad.hdf5", arrays))
-    assert str(error.value).startswith("file bad.hdf5: ") and message in str(error.value)
-    assert "\n" not in str(error.value) and ": " in str(error.value)[len("file bad.hdf5: ") :]
+    said = refused(make, arrays, task())
+    assert said.startswith("x: ") and words in said and "delete" not in said and "reshape" not in said
+    assert "(3, 2) observations and actions, but (11, 2) in Task-v0: --eval-env-id" in refused(make, three(), task(11))
 
 
-def test_no_row_with_a_next_state(script):
-    arrays = columns(episodes(1, 1), ("timeout", "timeout"))
-    with pytest.raises(script.UserError, match="no row has a known next state"):
-        script.make_dataset(without(arrays, "next_observations"), "name", "source")
+# --- Actions of any bounds ---
+def test_actions_are_scaled_both_ways():
+    arrays = record("Pendulum-v1", 400)
+    env = iql.make_env(replace(ARGS, env_id="Pendulum-v1"))
+    data = iql.make_dataset(arrays, "x", env)
+    assert data.columns["actions"] == pytest.approx(arrays["actions"] / 2) and data.high == 2 and data.low == -2
+    one, theirs = env.reset(seed=3)[0], gym.make("Pendulum-v1")
+    theirs.reset(seed=3)
+    assert np.array_equal(env.step(np.float32([0.5]))[0], theirs.step(np.float32([1.0]))[0]) and one.shape == (3,)
+    first, returns = iql.evaluate(lambda obs: np.full((len(obs), 1), 0.25, np.float32), env, 2, seed=5)
+    total, obs = 0.0, theirs.reset(seed=6)[0]  # copy i has seed + i
+    assert np.array_equal(first[1], obs)
+    for _ in range(200):
+        total += theirs.step(np.float32([0.5]))[1]
+    assert returns[1] == pytest.approx(total)
 
 
-def test_rounding_over_one_is_clipped(script):
-    arrays = three_episodes()
-    arrays["actions"][2, 1], arrays["actions"][3, 0] = 1.0005, -1.0005
-    data = script.make_dataset(arrays, "name", "source")
-    assert data.actions[2, 1] == 1 and data.actions[3, 0] == -1 and np.abs(arrays["actions"]).max() > 1
+def test_actions_at_and_without_bounds():
+    arrays = three()
+    arrays["actions"][2] = 1.0005, -1.0005  # rounding
+    actions = make(arrays, task()).columns["actions"]
+    assert actions[2].tolist() == [1, -1] and np.array_equal(actions[3:], arrays["actions"][3:])
+    assert make(three(), task(bound=4)).columns["actions"] == pytest.approx(three()["actions"] / 4)
+    arrays["actions"] = np.stack([np.linspace(10, 30, 12), np.full(12, 50.0)], 1)
+    data = make(arrays)
+    assert data.columns["actions"][:, 0] == pytest.approx(np.linspace(-1, 1, 12), abs=1e-6)
+    assert (data.columns["actions"][:, 1] == -1).all() and "the data's are taken" in data.notes[0]
 
 
-def test_unreadable_files(script, tmp_path, monkeypatch):
-    def message(path, env_id="name"):
-        with pytest.raises(script.UserError) as error:
-            script.load_dataset(env_id, path and str(path))
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "absent.hdf5 does not exist" in message(tmp_path / "absent.hdf5")
-    (tmp_path / "text.hdf5").write_text("<html>not found</html>")
-    assert "text.hdf5 is not a whole HDF5 file" in message(tmp_path / "text.hdf5")
-    whole = Path(write(tmp_path / "whole.hdf5", three_episodes())).read_bytes()
-    (tmp_path / "cut.hdf5").write_bytes(whole[: len(whole) // 2])
-    assert "truncated" in message(tmp_path / "cut.hdf5")
-    (tmp_path / "folder").mkdir()
-    assert "data/metadata.json" in message(tmp_path / "folder")
-    (tmp_path / "group.hdf5").touch()
-    with h5py.File(tmp_path / "group.hdf5", "w") as file:
-        file.create_group("observations/images")
-    assert "it has none of D4RL's keys" in message(tmp_path / "group.hdf5")
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "text.hdf5"))  # a file, where a folder should be
-    monkeypatch.setenv("D4RL_MIRRORS", "http://127.0.0.1:9")
-    assert "text.hdf5" in message(None, next(iter(script.D4RL_FILES)))
-
-
-def test_forbidden_file(script, tmp_path, monkeypatch):
-    def forbid(*_):  # not chmod: the tests may run as root, who may read everything
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(script.h5py, "File", forbid)
-    with pytest.raises(script.UserError, match=r"secret.hdf5 cannot be read: change its permissions"):
-        script.load_dataset("name", str(tmp_path / "secret.hdf5"))
+# --- Units ---
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+@pytest.mark.parametrize("what", ["rewards", "features"])
+def test_units_change_nothing_but_units(what, factor):
+    arrays = columns((60, 50, 40), ("terminal", "timeout", "terminal"))
+    arrays["observations"][:, 2] = arrays["next_observations"][:, 2] = 3.0  # a constant
+    keys = ("rewards",) if what == "rewards" else ("observations", "next_observations")
+    scaled = arrays | {key: arrays[key] * np.float32(factor) for key in keys}
+    reward, feature = (factor, 1) if what == "rewards" else (1, factor)
+    one, other = make(arrays), make(scaled)
+    assert lengths(one) == lengths(other) and other.returns == pytest.approx(one.returns * reward, rel=1e-5)
+    assert np.array_equal(one.columns["known"], other.columns["known"])
+    std, other_std = (iql.spread(torch.as_tensor(x["observations"])).double() for x in (arrays, scaled))
+    assert torch.allclose(other_std, std * feature, rtol=1e-4, atol=0)
+    tiny = dict(dynamics_hidden=8, dynamics_layers=1, dynamics_batch=32, dynamics_epochs=2, hidden=8, batch_size=64)
+    args, results = pspo.Args(pool_size=2, active_models=2, rollout_horizon=5, **tiny), []
+    for data in (one, other):
+        torch.manual_seed(0)
+        table = {key: torch.as_tensor(x) for key, x in data.columns.items()}
+        pool, report = pspo.train_dynamics(args, table, None)
+        learner = pspo.PSPO(args, table, pool)
+        results.append((report["explained_variance"], learner.reward_scale, learner.value_bounds))
+    assert results[1][0] == pytest.approx(results[0][0], abs=1e-3) and min(results[0][0]) < 1
+    assert results[1][1] == pytest.approx(results[0][1] * reward) and results[1][2] == pytest.approx(results[0][2])
 
 
-def test_user_error_is_one_line(script):
-    assert str(script.UserError("one\ntwo")) == "one two"
+# --- Environments ---
+class Goal(gym.Env):
+    observation_space = gym.spaces.Dict({"b": Box(-9, 9, (2,)), "a": Box(-9, 9, (1,))})
+    action_space = Box(-3, 3, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.step([0.0])[0], {}
+
+    def step(self, action):
+        obs = {"b": np.float32([self.np_random.uniform(-1, 1), 2]), "a": np.float32([1])}
+        return obs, float(action[0]), False, False, {}
 
 
-def test_unknown_name_lists_the_nearest(script, monkeypatch):
-    monkeypatch.setattr(script, "D4RL_FILES", dict.fromkeys(("hopper-medium-v2", "pen-human-v1"), ("", 0, "")))
-    with pytest.raises(script.UserError, match="unknown data set 'hoper-medum-v2': did you mean hopper-medium-v2, "):
-        script.load_dataset("hoper-medum-v2")
+gym.register("Goal-v0", f"{__name__}:Goal")  # no time limit
+gym.register("Brief-v0", f"{__name__}:Goal", max_episode_steps=3)
 
 
-def test_check_spaces(script):
-    class Task(gym.Env):
-        def __init__(self, obs_dim, action_space):
-            self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
-            self.action_space = action_space
-
-    data = script.make_dataset(three_episodes(), "name", "source")
-    box = gym.spaces.Box(-1, 1, (2,))
-    script.check_spaces(data, Task(3, box))
-    for task, message in (
-        (Task(4, box), "name has 3 observations, 2 actions, but .* 4 observations"),
-        (Task(3, gym.spaces.Box(-1, 1, (5,))), "5 actions"),
-        (Task(3, gym.spaces.Discrete(2)), "Discrete"),
-        (Task(3, gym.spaces.Box(-1, 2, (2,))), "Box"),
-        (Task(3, gym.spaces.Box(-2, 1, (2,))), "Box"),
-    ):
-        with pytest.raises(script.UserError, match=message):
-            script.check_spaces(data, task)
-    task = Task(0, box)
-    task.observation_space = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (2,)), b=gym.spaces.Box(-1, 1, (1,)))
-    script.check_spaces(data, task)
+def test_environments_of_ones_own():
+    env = iql.make_env(replace(ARGS, env_id="Goal-v0"))
+    assert env.reset(seed=0)[0].shape == (3,) and env.action_space.high == 1
+    first, returns = iql.evaluate(lambda obs: np.full((len(obs), 1), 0.5, np.float32), env, 3, 0)
+    assert (first[:, [0, 2]] == [1, 2]).all() and returns.tolist() == [1500] * 3  # cut at 1,000 steps
+    assert iql.make_env(replace(ARGS, env_id="nowhere", eval_episodes=0)) is None
+    assert "Discrete(2): only continuous" in refused(iql.make_env, replace(ARGS, env_id="CartPole-v1"))
+    boxes = dict(action_space=Box(-np.inf, np.inf, (1,))), dict(observation_space=Box(0, 9, (8, 8)))
+    for space, words in zip(boxes, ("actions bounded", "(8, 8)"), strict=True):
+        gym.register("Odd-v0", lambda space=space: type("Odd", (Goal,), space)(), disable_env_checker=True)
+        assert words in refused(iql.make_env, replace(ARGS, env_id="Odd-v0"))
+        del gym.registry["Odd-v0"]
 
 
 # --- Minari ---
-def minari_dataset(dataset_id, trajectories, ends, space, observe=lambda obs: obs):
+def minari_set(name, episodes, env, observe):
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    buffers = []
-    for i, ((obs, actions, rewards), end) in enumerate(zip(trajectories, ends, strict=True)):
-        last = np.arange(len(rewards)) == len(rewards) - 1
-        buffers.append(
-            EpisodeBuffer(
-                id=i,
-                observations=observe(obs),
-                actions=actions,
-                rewards=rewards,
-                terminations=last & (end == "terminal"),
-                truncations=last & (end == "timeout"),
-            )
-        )
-    action_space = gym.spaces.Box(-1, 1, (2,))
-    minari.create_dataset_from_buffers(dataset_id, buffers, action_space=action_space, observation_space=space)
+    def episode(i):
+        rng, last = np.random.default_rng(i), np.arange(6) == 5
+        obs, actions, rewards = observe(rng, 7), np.float32(rng.uniform(-2, 2, (6, 1))), rng.normal(size=6)
+        ends = dict(terminations=last & (i % 2 == 1), truncations=last & (i % 2 == 0))
+        return EpisodeBuffer(id=i, observations=obs, actions=actions, rewards=rewards, **ends)
 
-
-def box(size):
-    return gym.spaces.Box(-np.inf, np.inf, (size,))
-
-
-@pytest.fixture
-def minari_root(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return tmp_path / "minari"
+    minari.create_dataset_from_buffers(name, [episode(i) for i in range(episodes)], env=env)
 
 
 @pytest.mark.filterwarnings("ignore")  # Minari asks for authors and code of the data
-def test_minari_gives_the_tensors_of_the_hdf5(script, minari_root):
-    trajectories, ends = episodes(4, 5, 3), ("terminal", "timeout", "")  # the last one is just left
-    minari_dataset("test/box-v0", trajectories, ends, box(3))
-    data = script.load_dataset("test/box-v0")
-    hdf5 = script.make_dataset(columns(trajectories, ends), "name", "source")
-    assert same(data, hdf5) and data.sha256 == hdf5.sha256
-    assert np.flatnonzero(data.terminals).tolist() == [3] and np.flatnonzero(data.timeouts).tolist() == [8, 11]
-    assert (data.name, data.source, data.cut) == ("test/box-v0", "Minari test/box-v0", False)
-    assert same(script.load_dataset("name", str(minari_root / "test" / "box-v0")), data)
+def test_minari(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    parts = lambda rng, n: {"b": np.float32(rng.normal(size=(n, 2))), "a": np.ones((n, 1), np.float32)}  # noqa: E731
+    minari_set("own/goal-v0", 4, gym.make("Goal-v0"), parts)
+    args = replace(ARGS, env_id="own/goal-v0")
+    arrays, source, spec = iql.load_arrays(args)
+    env = iql.make_env(args, spec)
+    data = iql.make_dataset(arrays, source, env)
+    assert source == "Minari own/goal-v0" and env.spec.id == "Goal-v0" and lengths(data) == [6] * 4 and data.high == 3
+    assert np.flatnonzero(data.columns["terminals"]).tolist() == [11, 23] and data.columns["known"].all()
+    expected = parts(np.random.default_rng(1), 7)
+    expected = gym.spaces.flatten(Goal.observation_space, {key: x[2] for key, x in expected.items()})
+    assert np.array_equal(data.columns["observations"][8], expected)
+    assert np.array_equal(data.columns["next_observations"][7], expected)
+    folder = replace(args, env_id="anything", dataset_path=str(tmp_path / "own" / "goal-v0"))
+    assert iql.make_dataset(*iql.load_arrays(folder)[:2], env).sha256 == data.sha256
+    nested = {"b": {"d": np.ones((2, 1)), "c": np.zeros((2, 1))}, "a": np.full((2, 2, 1), 5)}
+    assert iql.flatten(nested).tolist() == [[5, 5, 0, 1]] * 2
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_minari_dicts_are_flattened_like_gymnasium_does(script, minari_root):
-    trajectories, ends = episodes(4, 5, 3, obs_dim=7), ("terminal", "timeout", "timeout")
-    space = gym.spaces.Dict(
-        {
-            "observation": box(2),
-            "achieved_goal": gym.spaces.Dict({"kettle": box(1), "burner": box(1)}),  # kitchen's are nested
-            "desired_goal": box(3),
-        }
-    )
-    minari_dataset(
-        "test/dict-v0",
-        trajectories,
-        ends,
-        space,
-        lambda obs: {
-            "observation": obs[:, 5:],
-            "achieved_goal": {"burner": obs[:, :1], "kettle": obs[:, 1:2]},
-            "desired_goal": obs[:, 2:5],
-        },
-    )
-    data = script.load_dataset("test/dict-v0")
-    assert same(data, script.make_dataset(columns(trajectories, ends), "name", "source"))
-    goals = {"burner": data.observations[0, :1], "kettle": data.observations[0, 1:2]}
-    step = {"observation": data.observations[0, 5:], "achieved_goal": goals, "desired_goal": data.observations[0, 2:5]}
-    assert np.array_equal(gym.spaces.flatten(space, step), data.observations[0])
-    # not every format of Minari's gives the keys back in order
-    parts = {"b": np.ones((2, 1)), "a": np.zeros((2, 2))}
-    assert script.flatten_observations(parts).tolist() == [[0, 0, 1]] * 2
+@pytest.mark.parametrize("wrapper", ["NormalizeObservation", "NormalizeReward"])
+def test_minari_data_behind_wrappers(tmp_path, monkeypatch, wrapper):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = getattr(gym.wrappers, wrapper)(gym.make("Pendulum-v1"))
+    minari_set("own/wrapped-v0", 2, env, lambda rng, n: np.float32(rng.uniform(-1, 1, (n, 3))))
+    args = replace(ARGS, env_id="own/wrapped-v0")
+    arrays, _, spec = iql.load_arrays(args)
+    env = iql.make_env(args, spec)
+    assert f"through the wrappers {wrapper}" in "".join(iql.doubts(make(arrays, env), env, args, spec, None))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_minari_errors(script, minari_root, monkeypatch):
-    with pytest.raises(script.UserError, match="minari download --force not an id/at all"):
-        script.load_dataset("not an id/at all")
-    minari_dataset("test/cut-v0", episodes(4), ("terminal",), box(3))
-    file = minari_root / "test" / "cut-v0" / "data" / "main_data.hdf5"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(script.UserError, match="minari download --force test/cut-v0"):
-        script.load_dataset("test/cut-v0")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "minari.storage.remotes.huggingface", raising=False)
-    monkeypatch.delenv("MINARI_REMOTE", raising=False)
-    with pytest.raises(script.UserError, match=r"pip install 'minari\[hdf5,hf\]' pillow"):
-        script.load_dataset("test/absent-v0")
-    monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(script.UserError, match=r"pip install 'minari\[hdf5,hf\]' pillow"):
-        script.load_dataset("test/absent-v0")
-
-
-# --- Download ---
-NAME = "tiny-medium-v2"
-
-
-class Server:
-    """A file server here: `content` by path, the `ranges` it was asked for; hangs up after `cut` bytes."""
-
-    def __init__(self):
-        self.content, self.ranges, self.cut, self.honours_range, self.during = ({}, [], None, True, lambda: None)
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                asked = self.headers["Range"]
-                server.ranges.append(asked)
-                body = server.content.get(self.path)
-                if isinstance(body, int) or body is None:
-                    return self.send_error(body or 404)
-                start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.honours_range else 0
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(body) - start))
-                self.end_headers()
-                server.during()
-                self.wfile.write(body[start:][: server.cut])
-                return None
-
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/data"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-
+# --- Files and downloads ---
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+def server(tmp_path, monkeypatch):
+    """Two servers' addresses, what they have, and D4RL's table with one tiny file in it."""
+    content = write(tmp_path / "original.hdf5", three()).read_bytes()
+    have = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path not in have:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(have[self.path])))
+            self.end_headers()
+            return self.wfile.write(have[self.path])
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as here:
+        threading.Thread(target=here.serve_forever, args=(0.01,), daemon=True).start()
+        base = f"http://127.0.0.1:{here.server_port}"
+        monkeypatch.setattr(iql, "SERVERS", (base + "/one/{path}", base + "/two/{name}"))
+        digits = hashlib.sha256(content).hexdigest()[:8]
+        monkeypatch.setattr(iql, "D4RL", {"hopper-medium-v2": ("gym_mujoco_v2/hopper.hdf5", digits)})
+        monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "deep" / "folder"))
+        monkeypatch.setenv("no_proxy", "*")
+        yield have, content, tmp_path / "deep" / "folder" / "hopper.hdf5"
+        here.shutdown()
 
 
-@pytest.fixture
-def remote(script, server, tmp_path, monkeypatch):
-    """(content of the tiny D4RL file that the server has, its path here, its .part)."""
-    content = Path(write(tmp_path / "original.hdf5", three_episodes())).read_bytes()
-    table = {NAME: ("gym/tiny_medium-v2.hdf5", len(content), hashlib.sha256(content).hexdigest())}
-    monkeypatch.setattr(script, "D4RL_FILES", table)
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "deep" / "folder"))
-    monkeypatch.delenv("D4RL_MIRRORS", raising=False)
-    server.content["/data/gym/tiny_medium-v2.hdf5"] = content
-    path = tmp_path / "deep" / "folder" / "tiny_medium-v2.hdf5"
-    return content, path, path.with_name(path.name + ".part")
+@pytest.mark.parametrize("first", ["has it", "404", "another file"])
+def test_download(server, first, capsys, tmp_path):
+    have, content, file = server
+    have["/two/hopper.hdf5"] = content
+    if first != "404":
+        have["/one/gym_mujoco_v2/hopper.hdf5"] = content if first == "has it" else b"<html>"
+    arrays, source, spec = iql.load_arrays(replace(ARGS, env_id="hopper-medium-v2"))
+    assert source == "hopper.hdf5 (D4RL's file)" and spec is None and file.read_bytes() == content
+    assert make(arrays).sha256 == make(three()).sha256
+    said = {"has it": "", "404": "404", "another file": "invalid hash value"}[first]
+    assert said in capsys.readouterr().out and list(file.parent.iterdir()) == [file]
+    have.clear()  # from now on it is here
+    assert iql.load_arrays(replace(ARGS, env_id="hopper-medium-v2"))[1] == source
+    write(file, columns((12,), ("terminal",)))
+    assert iql.load_arrays(replace(ARGS, env_id="hopper-medium-v2"))[1] == "hopper.hdf5 (not D4RL's file)"
+    named = replace(ARGS, env_id="hopper-medium-v2", dataset_path=str(tmp_path / "original.hdf5"))
+    assert iql.load_arrays(named)[1] == "original.hdf5 (D4RL's file)"
+    assert "near: hopper-medium-v2" in refused(iql.load_arrays, replace(ARGS, env_id="hoper-medum-v2"))
 
 
-def test_download_whole(script, server, remote):
-    content, path, part = remote
-    data = script.load_dataset(NAME, mirrors=(server.url,))
-    assert same(data, script.make_dataset(three_episodes(), "name", "source"))
-    assert data.source == "file tiny_medium-v2.hdf5 (D4RL's)"
-    assert path.read_bytes() == content and not part.exists()
-    script.load_dataset(NAME, mirrors=("http://127.0.0.1:9",))
-    assert server.ranges == [None]  # asked once, without a range
-
-
-def test_download_goes_on_after_a_cut(script, server, remote):
-    content, path, part = remote
-    server.cut = len(content) // 2
-    with pytest.raises(script.UserError, match=f"broke after {len(content) // 2:,} of {len(content):,}"):
-        script.load_dataset(NAME, mirrors=(server.url,))
-    assert not path.exists() and part.read_bytes() == content[: len(content) // 2]
-    server.cut = None
-    script.load_dataset(NAME, mirrors=(server.url,))
-    assert server.ranges == [None, f"bytes={len(content) // 2}-"]
-    assert path.read_bytes() == content and not part.exists()
-
-
-def test_download_from_a_server_that_ignores_range(script, server, remote):
-    content, path, part = remote
-    server.honours_range = False
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"x" * 100)
-    script.load_dataset(NAME, mirrors=(server.url,))
-    assert server.ranges == ["bytes=100-"] and path.read_bytes() == content
-
-
-def test_download_finishes_a_whole_part_without_asking(script, server, remote):
-    content, path, part = remote
-    part.parent.mkdir(parents=True)
-    part.write_bytes(content)
-    script.load_dataset(NAME, mirrors=(server.url,))
-    assert server.ranges == [] and path.read_bytes() == content
-
-
-def test_download_starts_anew_when_the_part_is_too_long(script, server, remote):
-    content, path, part = remote
-    part.parent.mkdir(parents=True)
-    part.write_bytes(content + b"x")
-    script.load_dataset(NAME, mirrors=(server.url,))
-    assert server.ranges == [None] and path.read_bytes() == content
-
-
-def test_download_tries_the_mirrors_in_turn(script, server, remote):
-    content, path, _ = remote
-    server.content["/data/no/gym/tiny_medium-v2.hdf5"] = 403
-    server.content["/data/broken/gym/tiny_medium-v2.hdf5"] = 500
-    mirrors = (f"{server.url}/no/", "nonsense", f"{server.url}/broken", f"{server.url}/absent", server.url)
-    script.load_dataset(NAME, mirrors=mirrors)
-    assert path.read_bytes() == content
-    path.unlink()
-    with pytest.raises(script.UserError) as error:
-        script.load_dataset(NAME, mirrors=mirrors[:-1])
-    for text in ("403", "nonsense", "500", "404", f"{server.url}/absent/gym/tiny_medium-v2.hdf5", str(path)):
-        assert text in str(error.value)
-    assert "\n" not in str(error.value) and not path.exists()
-
-
-def test_download_mirrors_from_the_environment(script, server, remote, monkeypatch):
-    content, path, _ = remote
-    monkeypatch.setenv("D4RL_MIRRORS", f"{server.url}/absent , {server.url}/ ")
-    script.load_dataset(NAME)
-    assert path.read_bytes() == content and len(server.ranges) == 2
-
-
-def test_download_default_is_the_server_of_d4rl(script, remote, monkeypatch):
-    asked = []
-    monkeypatch.setattr(script, "fetch", lambda url, *_: asked.append(url) or (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(script.UserError):
-        script.load_dataset(NAME)
-    assert asked == ["http://rail.eecs.berkeley.edu/datasets/offline_rl/gym/tiny_medium-v2.hdf5"]
-
-
-def test_download_refuses_other_content(script, server, remote):
-    content, path, part = remote
-    server.content["/data/gym/tiny_medium-v2.hdf5"] = content[:-1] + bytes([content[-1] ^ 1])
-    with pytest.raises(script.UserError, match="wrong SHA-256"):
-        script.load_dataset(NAME, mirrors=(server.url,))
-    assert not path.exists() and not part.exists()
-
-
-@pytest.mark.parametrize("length", [50, 100_000])
-def test_download_refuses_another_size_unread(script, server, remote, length):
-    _, path, part = remote
-    server.content["/data/gym/tiny_medium-v2.hdf5"] = b"<" * length  # such as a login page
-    with pytest.raises(script.UserError, match=f"offers {length:,} bytes"):
-        script.load_dataset(NAME, mirrors=(server.url,))
-    assert not path.exists() and not part.exists()
-
-
-def test_download_by_two_processes_at_once(script, server, remote):
-    _, path, part = remote
-    server.during = lambda: (threading.Event().wait(0.05), part.write_bytes(b"another's"))
-    part.parent.mkdir(parents=True)
-    with pytest.raises(script.UserError, match="another process"):
-        script.load_dataset(NAME, mirrors=(server.url,))
-    assert part.read_bytes() == b"another's" and not path.exists()
-
-
-def test_download_from_a_slow_server(script, server, remote):
-    """What has arrived is written at once, so that a stop loses nothing."""
-    content, path, part = remote
-    seen, half = [], len(content) // 2
-
-    def pause():
-        server.cut = half
-        threading.Timer(0.3, lambda: seen.append(part.stat().st_size)).start()
-
-    original = http.server.BaseHTTPRequestHandler.finish
-
-    def wait(handler):  # the connection stays open after the first half
-        threading.Event().wait(0.6)
-        original(handler)
-
-    server.during, http.server.BaseHTTPRequestHandler.finish = pause, wait
-    try:
-        with pytest.raises(script.UserError, match="broke after"):
-            script.load_dataset(NAME, mirrors=(server.url,))
-    finally:
-        http.server.BaseHTTPRequestHandler.finish = original
-    server.cut, server.during = None, lambda: None
-    script.load_dataset(NAME, mirrors=(server.url,))
-    assert path.read_bytes() == content and server.ranges == [None, f"bytes={half}-"]
-    assert seen == [half]
-
-
-def test_download_from_a_silent_server(script, server, remote, monkeypatch):
-    _, path, _ = remote
-    monkeypatch.setattr(script, "SILENCE", 0.2)
-    server.during = lambda: threading.Event().wait(1)
-    with pytest.raises(script.UserError, match="timed out"):
-        script.load_dataset(NAME, mirrors=(server.url,))
-    assert not path.exists()
-
-
-ANSWERS = {  # what a server can say; None: the file is whole afterwards
-    "nothing": (lambda body: b"", "cannot download"),
-    "nonsense": (lambda body: b"hello\r\n\r\n", "cannot download"),
-    "half a header": (lambda body: b"HTTP/1.1 200 OK\r\nContent-Le", "offers|broke after"),
-    "no length": (lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + body, None),
-    "no length, too short": (lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + body[:-9], "broke after"),
-    "no length, too long": (lambda body: b"HTTP/1.1 200 OK\r\n\r\n" + body + b"x", "wrong SHA-256"),
-    "length in words": (lambda body: b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body, "cannot download"),
-    "a range not asked for": (
-        lambda body: b"HTTP/1.1 206 OK\r\nContent-Length: %d\r\n\r\n" % (len(body) - 5) + body[5:], "offers"
-    ),
-    "round and round": (lambda body: b"HTTP/1.1 302 Found\r\nLocation: /data/x\r\n\r\n", "redirect"),
-    "too many requests": (lambda body: b"HTTP/1.1 429 Slow Down\r\nContent-Length: 0\r\n\r\n", "429"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ANSWERS)
-def test_download_from_a_strange_server(script, remote, monkeypatch, case):
-    """One line or the whole file, whatever is answered; never another file under its name."""
-    monkeypatch.setenv("no_proxy", "*")
-    content, path, _ = remote
-    answer, message = ANSWERS[case]
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self):
-            self.request.recv(10_000)
-            self.request.sendall(answer(content))
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as tcp:
-        threading.Thread(target=tcp.serve_forever, args=(0.01,), daemon=True).start()
-        mirror = f"http://127.0.0.1:{tcp.server_address[1]}"
-        if message is None:
-            script.load_dataset(NAME, mirrors=(mirror,))
-        else:
-            with pytest.raises(script.UserError, match=message):
-                script.load_dataset(NAME, mirrors=(mirror,))
-        tcp.shutdown()
-    assert path.read_bytes() == content if message is None else not path.exists()
-
-
-def test_other_data_under_a_d4rl_name_are_named_so(script, remote):
-    content, path, _ = remote
-    path.parent.mkdir(parents=True)
-    other = three_episodes()
-    other["rewards"] += 1
-    assert len(Path(write(path, other)).read_bytes()) == len(content)  # only the hash can tell
-    expected = "file tiny_medium-v2.hdf5 (regenerated or modified: not D4RL's size/hash)"
-    assert script.load_dataset(NAME).source == expected
-    write(path, columns(episodes(40), ("terminal",)))
-    assert script.load_dataset(NAME).source == script.load_dataset(NAME, str(path)).source == expected
-
-
-def test_size_is_compared_before_the_hash(script, remote, monkeypatch):
-    _, path, _ = remote
-    path.parent.mkdir(parents=True)
-    write(path, columns(episodes(400), ("terminal",)))
-    monkeypatch.setattr(script, "file_sha256", lambda path: pytest.fail("hashed a file of another size"))
-    script.load_dataset(NAME)
-
-
-def test_table_of_d4rl_files(script):
-    for name, (path, size, sha256) in script.D4RL_FILES.items():
-        assert path.endswith(".hdf5") and not path.startswith("/") and size > 1_000_000, name
-        assert len(sha256) == 64 and int(sha256, 16), name
+def test_without_a_network(server, monkeypatch):
+    have, _, file = server
+    have["/two/hopper.hdf5"] = b"not what it should be"
+    said = refused(iql.load_arrays, replace(ARGS, env_id="hopper-medium-v2"))
+    for words in (
+        f"put hopper.hdf5 into {file.parent}",
+        "$D4RL_DATASET_DIR",
+        "--dataset-path FILE",
+        "--env-id mujoco/",
+    ):
+        assert words in said
+    assert not file.exists()
+    ids = {"pen-human-v1": "D4RL/pen/human-v2", "antmaze-large-play-v2": "D4RL/antmaze/large-play-v1"}
+    ids |= {"hopper-medium-replay-v2": "mujoco/hopper/medium-v0", "walker2d-expert-v2": "mujoco/walker2d/expert-v0"}
+    monkeypatch.undo()
+    monkeypatch.setattr(iql, "SERVERS", ())
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(file.parent))
+    for name, minari in ids.items():
+        assert f"--env-id {minari}" in refused(iql.load_arrays, replace(ARGS, env_id=name))

@@ -1,0 +1,120 @@
+"""A smoke test of every program in benchmark/, and the matrix products of speed.py against PyTorch's own count."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+import pspo
+from benchmark import figures, reproduce, speed
+
+speed.ROWS = 2_000  # as few as do
+TINY = "--dataset-episodes 100 --pool-size 2 --active-models 2 --dynamics-epochs 1 --behaviour-updates 5 --warmup 5"
+TINY += " --iterations 20 --eval-every 10 --eval-episodes 5 --final-episodes 5 --batch-size 64"
+
+
+def fake_run(folder: Path, script: str, env_id: str, seed: int, score: float, **changes) -> Path:
+    run = folder / f"{env_id}__{script}__{seed}"
+    run.mkdir(parents=True)
+    result = dict(env_id=env_id, dataset="x.hdf5 (not D4RL's file)", score=score, minutes=1.0, optimum_score=101.8)
+    result |= {
+        "compared_with": {"behaviour in the data": 40.0},
+        "return": score,
+        "share_of_optimum": 0.9,
+        "optimum": 137,
+    }
+    (run / "result.json").write_text(json.dumps(result | dict(args=dict(seed=seed) | changes)))
+    with open(run / "metrics.csv", "w", newline="") as file:
+        names = ["eval/score", "eval/return", "eval/predicted_return" if script == "pspo" else "value/v"]
+        csv.writer(file).writerows([["iteration", *names], [10, 5, 5, 6], [20, score, score, score]])
+    return run
+
+
+def test_a_plan_runs_what_is_missing_goes_on_and_counts_failures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    (tmp_path / "hopper_medium-v2.hdf5").touch()
+    (tmp_path / "iql.py").write_text("raise SystemExit('no')")
+    program = "import json, pathlib, sys; run = pathlib.Path(sys.argv[sys.argv.index('--runs-dir') + 1]) / 'run'; "
+    program += "run.mkdir(); (run / 'result.json').write_text(json.dumps(dict(words=sys.argv)))"
+    (tmp_path / "pspo.py").write_text(program)
+    args = reproduce.Args("run", ("table1",), tasks=("hopper",), seeds=(1, 2), runs_dir=tmp_path / "runs")
+    jobs, missing = reproduce.plan(args, "table1")
+    assert "hopper-random-v2" in missing and "hopper-medium-v2" not in missing
+    jobs = [job for job in jobs if job.data == "hopper-medium-v2"]
+    assert [job.state() for job in jobs] == ["run"] * 4
+    assert reproduce.run(jobs, args) == 2 and "exit 1" in capsys.readouterr().out
+    assert [job.state() for job in jobs] == ["done", "run"] * 2
+    assert "--quick" in jobs[0].result()["words"]
+    stopped = fake_run(jobs[1].folder, "iql", "run", 1, 0.0)
+    (stopped / "result.json").rename(stopped / "checkpoint.pt")
+    assert jobs[1].command()[2:4] == ["--resume", str(stopped)]
+
+
+def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, capsys):
+    args = reproduce.Args("table", ("table1",), tasks=("hopper",), runs_dir=tmp_path)
+    for table, name in (("table1", "hopper-medium-v2"), ("table2", "liquidation")):
+        jobs, _ = reproduce.plan(args, table)
+        for job in jobs:
+            if job.data == name:
+                fake_run(job.folder, job.script, name, job.seed, 100 if job.script == "pspo" else 60)
+        text = reproduce.table_text(table, jobs)
+        assert "100.0 ± 0.0 (3)" in text and "60.0 ± 0.0 (3)" in text
+        if table == "table1":
+            assert "regenerated | 40.0" in text and "| yes |" in text and "1 of the 1 sets" in text
+    runs = [fake_run(tmp_path / "other", "pspo", "a", i, i, gamma=0.9 + i / 100) for i in (1, 2)]
+    text = reproduce.compare([*runs, tmp_path])
+    assert "| a | pspo | gamma 0.91 | 1.0 (1) |" in text and f"Not finished: {tmp_path}" in text
+
+
+def test_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pspo.py", *TINY.split(), "--runs-dir", str(tmp_path)])
+    monkeypatch.setattr(pspo.signal, "signal", lambda *_: None)
+    pspo.main()
+    run = next(tmp_path.glob("*__pspo__*"))
+    kinds = ("pspo", "liquidation"), ("pspo", "hopper-medium-v2"), ("iql", "liquidation")
+    fakes = [fake_run(tmp_path / "fake", script, task, 1, 90) for script, task in kinds]
+    output = tmp_path / "figure.png"
+    for name, runs in dict(readme=fakes, figure2=[run], figure3=[run]).items():
+        monkeypatch.setattr(sys, "argv", ["figures.py", name, *map(str, runs), "--output", str(output)])
+        figures.main()
+        assert output.stat().st_size > 10_000
+
+
+def test_the_floor_has_all_products_of_a_step_and_iql_has_none_to_spare():
+    for name, make in speed.our_steps(dry=True).items():
+        step = make()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        found = sum(2 * s * m * k * n for s, m, k, n in speed.products(step))
+        assert found == counter.get_total_flops() > 0, name
+        if name == "IQL update":  # forward, the weights' gradients, the inputs' but the first layer's
+            value, critic, actor = ((d * 8, 64 + 8 * o) for d, o in ((11, 1), (14, 1), (11, 3)))
+            trained = sum(2 * sum(net) + net[1] for net in (value, critic, critic, actor))
+            assert found == 2 * 256 * (2 * sum(value) + 2 * sum(critic) + trained)
+    assert all(step() is None for step in speed.floor(speed.Args(dry=True)).values())
+
+
+def test_speed_on_a_gpu_and_growth_in_tiny_sizes(monkeypatch, capsys):
+    monkeypatch.setattr(pspo, "fast", lambda step, *_: step)
+    monkeypatch.setattr(speed, "window", lambda step, *_, **__: step() is None or 1.0)
+    monkeypatch.setattr(speed.subprocess, "check_output", lambda words: b"1.5")
+    speed.on_gpu(speed.Args(dry=True, rounds=1))
+    speed.growth(speed.Args(dry=True, rounds=1))
+    out = capsys.readouterr().out
+    assert out.count("equal, at most 0.0e+00 apart") == 2 and "20,000: 1.5 GB" in out
+    speed.memory(2_000, dry=True)
+    assert float(capsys.readouterr().out) > 0.1
+    subprocess.run(["bash", "-n", Path(speed.__file__).with_name("gpu.sh")], check=True)
+
+
+def test_d4rl_antmaze():
+    pytest.importorskip("gymnasium_robotics")
+    env = gym.make("benchmark.d4rl_antmaze:D4RLAntMaze-umaze-v0")
+    assert env.reset(seed=0)[0].shape == (29,) and env.spec.max_episode_steps == 700
+    assert env.step(env.action_space.sample())[1:3] == (0.0, False)

@@ -1,0 +1,41 @@
+"""benchmark/steer_study.py: a small study, stopped and gone on with; its numbers against each other."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
+import steer_study
+
+FLAGS = "--dataset-episodes 60 --updates 20 --hidden 8 --batch-size 32 --eval-episodes 4 --references --no-cuda"
+FLAGS += " --priors random --shifts volatility action-noise --folder study"
+
+
+def run(monkeypatch, folder, *more):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["steer_study.py", *FLAGS.split(), *more])
+    steer_study.main()
+    return (folder / "study" / "episodes.csv").read_bytes()
+
+
+def test_small_study_stopped_and_resumed(tmp_path, monkeypatch):
+    whole = run(monkeypatch, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "study" / "cells.csv").open()))
+    of = {tuple(r[key] for key in steer_study.KEYS): r for r in rows}
+    assert len({key[:3] for key in of}) == 2 * 3 and len(rows) >= 6 * (13 + 2)
+    for (*cell, rule, alpha), r in of.items():
+        if rule == "kl-reg":  # deterministic, it is PoE
+            assert float(r["objective"]) == pytest.approx(float(of[*cell, "poe", alpha]["objective"]), 1e-5)
+        assert rule != "frozen" or float(r["kl"]) == float(r["tv_max"]) == float(r["objective_gain"]) == 0
+        assert float(r["objective_low"]) <= float(r["objective_gain"]) <= float(r["objective_high"])
+    assert len({r["return"] for r in rows if r["rule"] == "frozen"}) == 2  # of a shift, not of a goal or prior
+    path = tmp_path / "study" / "episodes.csv"
+    path.write_bytes(b"\n".join(whole.splitlines()[:155]) + b"\nrandom,vol")  # the process died while it wrote
+    monkeypatch.setattr(steer_study.steer_poe, "learn", None)
+    monkeypatch.setattr(steer_study, "plot_curves", lambda *_: None)
+    assert run(monkeypatch, tmp_path) == whole
+    with pytest.raises(SystemExit, match="other settings"):
+        run(monkeypatch, tmp_path, "--seed", "2")
