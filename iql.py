@@ -727,7 +727,10 @@ def parse() -> Args:
         return tyro.cli(Args, description=about, default=replace(Args(), **settings))
     if not (Path(first.resume).expanduser() / "checkpoint.pt").exists():
         sys.exit(f"no checkpoint.pt in {first.resume}: nothing is saved before the first evaluation; start anew")
-    saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()))
+    saved = json.loads((Path(first.resume).expanduser() / "args.json").read_text())
+    if saved.keys() != vars(first).keys():
+        sys.exit(f"{first.resume} is a run of another script or version: go on with {Path(__file__).name} of that one")
+    saved = Args(**saved)
     args = tyro.cli(Args, description=about, default=saved)
     for name, value in vars(saved).items():
         if vars(args)[name] != value and name not in HOW:

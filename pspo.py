@@ -114,10 +114,9 @@ class Args:
 SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=12,
-        dynamics_lr=3e-3, hidden=64, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02, average_rate=1e-3, alpha=0.003, target_kl=2.0,
-        symmetric=True,
-        iterations=20_000, warmup=2_000, behaviour_updates=1_000, rollout_horizon=20, action_samples=8,
-        eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
+        dynamics_lr=3e-3, hidden=64, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02, average_rate=1e-3, alpha=0.003,
+        target_kl=2.0, symmetric=True, iterations=20_000, warmup=2_000, behaviour_updates=1_000, rollout_horizon=20,
+        action_samples=8, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
@@ -1031,7 +1030,10 @@ def parse() -> Args:
         return tyro.cli(Args, description=about, default=replace(Args(), **settings))
     if not (Path(first.resume).expanduser() / "checkpoint.pt").exists():
         sys.exit(f"no checkpoint.pt in {first.resume}: nothing is saved before the first evaluation; start anew")
-    saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()))
+    saved = json.loads((Path(first.resume).expanduser() / "args.json").read_text())
+    if saved.keys() != vars(first).keys():
+        sys.exit(f"{first.resume} is a run of another script or version: go on with {Path(__file__).name} of that one")
+    saved = Args(**saved)
     args = tyro.cli(Args, description=about, default=saved)
     for name, value in vars(saved).items():
         if vars(args)[name] != value and name not in HOW:
