@@ -833,10 +833,10 @@ def report(
 
 def reward_scale(kind: str, returns: np.ndarray) -> tuple[float, float]:
     """(scale, shift): what is learnt from is scale · r + shift, of the data's rewards and of those met online."""
-    if kind == "return_range":  # so that the returns of the data span 1000
-        if not len(returns) or returns.max() == returns.min():
-            sys.exit("there is no range of episode returns to scale the rewards by: use --reward raw")
-        return float(1000 / (returns.max() - returns.min())), 0.0
+    if kind == "return_range" and len(returns) and returns.max() > returns.min():
+        return float(1000 / (returns.max() - returns.min())), 0.0  # so that the returns of the data span 1000
+    if kind == "return_range":
+        print("note: there is no range of episode returns to scale the rewards by: they are learnt from as they are")
     return 1.0, -1.0 if kind == "minus_one" else 0.0
 
 

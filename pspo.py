@@ -95,7 +95,6 @@ class Args:
     target_kl: float = 0.8  # α is adapted so that E KL(π ‖ μ) is about this (ours); 0: α stays
     trust_region: float = 0.02  # ε of Eq. (9) (ours)
     trust_region_every: int = 50  # policy updates of one i of Eq. (9) (ours)
-    symmetric: bool = False  # the policy's step takes KL(π* ‖ π) beside Eq. (9)'s KL(π ‖ π*) (ours, liquidation)
     regularization: bool = True  # --no-regularization: the paper's ablation, α = 0
     behaviour_updates: int = 50_000  # of μ by maximum likelihood (ours)
     # Evaluation and running
@@ -113,10 +112,10 @@ class Args:
 
 SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
-        gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=12,
-        dynamics_lr=3e-3, hidden=64, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02, average_rate=1e-3, alpha=0.003,
-        target_kl=2.0, symmetric=True, iterations=20_000, warmup=2_000, behaviour_updates=1_000, rollout_horizon=20,
-        action_samples=8, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
+        gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=8,
+        dynamics_lr=3e-3, hidden=64, actor_lr=1e-3, critic_lr=1e-3, average_rate=1e-3, alpha=0.003, target_kl=2.0,
+        iterations=20_000, warmup=2_000, behaviour_updates=1_000, rollout_horizon=20, action_samples=6,
+        eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
@@ -591,8 +590,8 @@ class PSPO(nn.Module):
         alpha = self.log_alpha.exp() if args.regularization else 0.0
         objective = policy_objective(q.mean(0), alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
         loss = -objective
-        if args.symmetric and args.regularization:
-            with torch.no_grad():  # samples of μ and of π, as for V
+        if args.regularization:  # beside Eq. (9)'s KL(π ‖ π*), KL(π* ‖ π) on samples of μ and of π, as for V
+            with torch.no_grad():
                 u = torch.cat([mu[0] + mu[1].exp() * torch.randn_like(u), u])  # (M, B, act)
                 q = torch.cat([self.q_value(self.critic, obs, u[: len(q)]), q])
                 log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)

@@ -31,7 +31,7 @@ pspo: loss = (q - target).square().mean(1).sum() ⇒ loss = (q[:1] - target).squ
 pspo: q, mu = self.q_value(self.critic, ⇒ q, mu = self.q_value(self.target_critic,
 pspo: torch.cat([self.q_value(self.critic, ⇒ torch.cat([self.q_value(self.target_critic,
 pspo: loss = loss + alpha * projection_loss ⇒ loss = loss + projection_loss
-pspo: if args.symmetric and args.regularization: ⇒ if False:
+pspo: if args.regularization:  # beside ⇒ if False:  # beside
 pspo: self.q_value(self.target_critic, obs, u), log_weights ⇒ self.q_value(self.critic, obs, u), log_weights
 pspo: rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh() ⇒ rollout_action = (pi_mean + 0 * torch.randn_like(pi_mean)).tanh()
 pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sampled.next(mean, 0 * std, log_odds, torch.randn_like(mean))

@@ -252,7 +252,7 @@ class PSPO:
         """Eq. (9)."""
         args, state, count = self.args, self.state, len(states)
         noise, seen = self.take("randn", args.action_samples // 2, count, self.act), {}
-        symmetric = args.symmetric and args.regularization
+        symmetric = args.regularization
         from_mu = self.take("randn", args.action_samples // 2, count, self.act) if symmetric else []
         alpha, eta = state["log_alpha"].exp() * args.regularization, state["log_eta"].exp()
 
