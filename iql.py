@@ -444,8 +444,10 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
         sys.exit(f"{path} {what}: --dataset-path takes an HDF5 file in D4RL's layout or a Minari folder")
     with h5py.File(path) as file:
         arrays = {key: file[key][()] for key in KEYS if key in file}
+    if name not in D4RL:
+        return arrays, path.name, None
     with open(path, "rb") as file:
-        genuine = name in D4RL and hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
+        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
     return arrays, f"{path.name} ({'' if genuine else 'not '}D4RL's file)", None
 
 
@@ -566,7 +568,7 @@ def make_dataset(arrays: dict[str, np.ndarray], source: str, env: gym.Env | None
         low, high = box.low, box.high
     elif np.abs(actions).max() > 1.001:
         low, high = actions.min(0), np.where(np.ptp(actions, 0) > 0, actions.max(0), actions.min(0) + 1)
-        notes.append(f"no environment tells the bounds of actions: the data's are taken, {low} to {high}")
+        notes.append(f"without an environment the data's actions tell their bounds: {low} to {high}")
     scaled = 2 * (actions.astype(np.float64) - low) / (high - low) - 1
     remedy = "np.clip them if they were recorded before the environment's own clip, rescale them if the unit differs"
     inside = np.abs(scaled).max() <= 1.001
@@ -766,8 +768,8 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
     print(f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
 
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
-    run_dir = Path(args.resume or Path(args.runs_dir) / name).expanduser()
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or Path(args.runs_dir) / name.replace("/", "_").replace(":", "_")).expanduser()
     while not args.resume and run_dir.exists():  # another run of the same second
         run_dir = run_dir.with_name(run_dir.name + "+")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -802,8 +804,8 @@ def actor_file(actor: Actor, args: Args, data: Dataset) -> dict:
 
 
 def report(
-    args: Args, data: Dataset, env: gym.Env | None, act: Callable, result: dict, run_dir: Path
-) -> dict[str, float]:
+    args: Args, data: Dataset, env: gym.Env | None, act: Callable, result: dict, run_dir: Path, begun: float
+) -> dict:
     """Evaluate the final policy, say what its score compares with, write result.json; returns those other scores."""
     task, others = task_of(args.env_id), {}
     result |= dict(env_id=args.env_id, dataset=data.source, sha256=data.sha256, notes=data.notes, args=vars(args))
@@ -825,7 +827,7 @@ def report(
             share, ci = 100 * result["share_of_optimum"], 100 * result["share_of_optimum_ci95"]
             print(f"{share:.2f} ± {ci:.2f}% of the exact optimum {result['optimum']:.2f}, on the same price paths")
     print("beside it:", ", ".join(f"{name} {score:.1f}" for name, score in others.items()))
-    result["compared_with"] = others
+    result |= dict(compared_with=others, minutes=(time.monotonic() - begun) / 60)
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{result['minutes']:.1f} minutes; result.json, actor.pt, metrics.csv and figure.png are in {run_dir}")
     return others
@@ -930,8 +932,8 @@ def main() -> None:
         save(checkpoint(learner, data, rows) | dict(offline=offline, online=online), run_dir / "checkpoint.pt")
 
     save(actor_file(learner.actor, args, data), run_dir / "actor.pt")
-    result = dict(offline=offline, minutes=(time.monotonic() - begun) / 60)
-    others = report(args, data, env, learner.actor.act, result, run_dir)
+    result = dict(offline=offline)
+    others = report(args, data, env, learner.actor.act, result, run_dir, begun)
     if offline:
         print(f"after the offline phase: {offline['score']:.1f} ± {offline['score_ci95']:.1f}")
     plot(run_dir / "figure.png", args, data, learner, rows, others)

@@ -11,7 +11,8 @@ Paper: "Offline Policy Optimization with Posterior Sampling", arXiv 2605.07393; 
 Most equations have one reading; where they have more, docs/pspo.md says which one is taken here, and why.
 
     τ(s', r | s, a)  a dynamics model, a diagonal Gaussian, one of a pool      P₀, P  prior, posterior over models
-    μ(a | s)  behaviour policy     π(a | s)  policy     Q, Q̄  critic, target critic     γ  discount
+    μ(a | s)  behaviour policy     π(a | s)  policy     Q, Q̄  critic, target critic     V  value (8)     γ  discount
+    r̂, s''  a model's reward, next state     λ, α  strength of the evidence, of the tie to μ     ε  trust region
 
     (1)  J(π) = E[ Σ γᵗ r(s_t, a_t) ],  a model τ ~ P drawn anew at every step, s_{t+1} ~ τ
     (3)  Δ_τ = ( E_τ[r̂ + γ V(s'')] − (r + γ V(s')) )²  on an observed transition (s, a, r, s') of the data
@@ -81,7 +82,7 @@ class Args:
     evidence_rows: int = 16  # observed transitions per iteration that Δ is measured on (ours)
     # Policy iteration, Eqs. (6) to (9)
     gamma: float = 0.99  # γ (paper)
-    iterations: int = 2_000_000  # one rollout step, critic and policy update each (PMDB)
+    iterations: int = 2_000_000  # a rollout step and a critic update each, after the warm-up a policy update (PMDB)
     warmup: int = 100_000  # iterations of the critic alone, before π leaves μ (ours)
     batch_size: int = 256  # rows per update, half of the data, half of the models (paper; half: PMDB)
     hidden: int = 256  # units in each of two hidden layers of policy and critics (paper)
@@ -90,7 +91,7 @@ class Args:
     target_rate: float = 0.005  # Polyak rate of Q̄ (PMDB)
     average_rate: float = 1e-5  # Polyak rate of the average of π's weights, which is evaluated and saved (PMDB)
     rollout_horizon: int = 1000  # steps after which a rollout starts again from a state of the data (PMDB)
-    action_samples: int = 20  # actions for V of Eq. (8), half from μ, half from π, and that half for E_π Q (PMDB)
+    action_samples: int = 20  # actions for V of Eq. (8), half from μ, half from π; half as many for E_π Q (PMDB)
     alpha: float = 0.02  # α of Eq. (7) to begin with, in units of the reward's range (ours; PMDB 0.1)
     target_kl: float = 0.8  # α is adapted so that E KL(π ‖ μ) is about this (ours); 0: α stays
     trust_region: float = 0.02  # ε of Eq. (9) (ours)
@@ -155,13 +156,13 @@ def bellman_target(reward, terminal, next_value, gamma: float) -> torch.Tensor:
 def soft_value(q: torch.Tensor, log_weights: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
     """Eq. (8): V = α log Σ_j w_j exp(Q_j / α), (M, ...) → (...).
 
-    For M actions drawn from q, log_weights is log( μ(a_j) / (M q(a_j)) ); for all actions of a finite set, log μ(a_j).
+    For M actions drawn from ρ, log_weights is log( μ(a_j) / (M ρ(a_j)) ); for all actions of a finite set, log μ(a_j).
     """
     return alpha * torch.logsumexp(q / alpha + log_weights, 0)
 
 
 def mixture_log_weights(u, mu_mean, mu_log_std, pi_mean, pi_log_std) -> torch.Tensor:
-    """log( μ(u) / (M q(u)) ) of M samples, half from μ, half from π, q = (μ + π) / 2: (M, B, act) → (M, B)."""
+    """log( μ(u) / (M ρ(u)) ) of M samples, half from μ, half from π, ρ = (μ + π) / 2: (M, B, act) → (M, B)."""
     log_mu, log_pi = gaussian_log_prob(u, mu_mean, mu_log_std), gaussian_log_prob(u, pi_mean, pi_log_std)
     return log_mu - (torch.logaddexp(log_mu, log_pi) - math.log(2)) - math.log(len(u))
 
@@ -495,7 +496,7 @@ class PSPO(nn.Module):
         self.active.load_members(pool, self.members)
 
     def log_belief(self) -> torch.Tensor:
-        """Eq. (4): log P over the active models, (N,). Evidence: Δ in units of its mean over the models, averaged."""
+        """Eq. (4): log P over the active models, (N,). The unit of Δ is a tenth of its mean over the models (ours)."""
         evidence = self.evidence[self.members] / self.evidence_weight[self.members]
         return posterior(evidence, 10 * self.args.likelihood_coef)
 
@@ -606,7 +607,7 @@ class PSPO(nn.Module):
         follow(self.average, self.actor, args.average_rate)
         with torch.no_grad():  # dual ascent: η grows while its constraint is violated, α while KL(π ‖ μ) is too large
             self.log_eta.add_(0.05 * (kl_previous.mean() / args.trust_region - 1).clamp(-1, 1)).clamp_(-6, 6)
-            if args.target_kl:
+            if args.target_kl and args.regularization:
                 self.log_alpha.add_(1e-3 * (kl_behaviour.mean() / args.target_kl - 1).clamp(-1, 1))
             multipliers = self.log_eta.exp(), self.log_alpha.exp()
             return [objective, kl_behaviour.mean(), kl_previous.mean(), *multipliers, pi_log_std.mean()]
@@ -644,7 +645,7 @@ class PSPO(nn.Module):
     @torch.no_grad()
     def target_and_uncertainty(self, num_states: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
         """Figure 3: mean and std over P of the models' targets, s from the data, a ~ π: (num_states,) each."""
-        obs = self.data["observations"][torch.randint(len(self.data["rewards"]), (num_states,))]
+        obs = self.data["observations"][torch.randint(len(self.data["rewards"]), (num_states,), device=self.device)]
         pi_mean, pi_log_std = self.actor(obs)
         mean, std, log_odds = self.active(obs, (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh())
         _, next_obs, terminal = self.active.next(mean, std, log_odds, torch.randn_like(mean[0]))
@@ -746,8 +747,10 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
         sys.exit(f"{path} {what}: --dataset-path takes an HDF5 file in D4RL's layout or a Minari folder")
     with h5py.File(path) as file:
         arrays = {key: file[key][()] for key in KEYS if key in file}
+    if name not in D4RL:
+        return arrays, path.name, None
     with open(path, "rb") as file:
-        genuine = name in D4RL and hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
+        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
     return arrays, f"{path.name} ({'' if genuine else 'not '}D4RL's file)", None
 
 
@@ -868,7 +871,7 @@ def make_dataset(arrays: dict[str, np.ndarray], source: str, env: gym.Env | None
         low, high = box.low, box.high
     elif np.abs(actions).max() > 1.001:
         low, high = actions.min(0), np.where(np.ptp(actions, 0) > 0, actions.max(0), actions.min(0) + 1)
-        notes.append(f"no environment tells the bounds of actions: the data's are taken, {low} to {high}")
+        notes.append(f"without an environment the data's actions tell their bounds: {low} to {high}")
     scaled = 2 * (actions.astype(np.float64) - low) / (high - low) - 1
     remedy = "np.clip them if they were recorded before the environment's own clip, rescale them if the unit differs"
     inside = np.abs(scaled).max() <= 1.001
@@ -1068,8 +1071,8 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
     print(f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
 
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
-    run_dir = Path(args.resume or Path(args.runs_dir) / name).expanduser()
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or Path(args.runs_dir) / name.replace("/", "_").replace(":", "_")).expanduser()
     while not args.resume and run_dir.exists():  # another run of the same second
         run_dir = run_dir.with_name(run_dir.name + "+")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -1104,8 +1107,8 @@ def actor_file(actor: Actor, args: Args, data: Dataset) -> dict:
 
 
 def report(
-    args: Args, data: Dataset, env: gym.Env | None, act: Callable, result: dict, run_dir: Path
-) -> dict[str, float]:
+    args: Args, data: Dataset, env: gym.Env | None, act: Callable, result: dict, run_dir: Path, begun: float
+) -> dict:
     """Evaluate the final policy, say what its score compares with, write result.json; returns those other scores."""
     task, others = task_of(args.env_id), {}
     result |= dict(env_id=args.env_id, dataset=data.source, sha256=data.sha256, notes=data.notes, args=vars(args))
@@ -1127,7 +1130,7 @@ def report(
             share, ci = 100 * result["share_of_optimum"], 100 * result["share_of_optimum_ci95"]
             print(f"{share:.2f} ± {ci:.2f}% of the exact optimum {result['optimum']:.2f}, on the same price paths")
     print("beside it:", ", ".join(f"{name} {score:.1f}" for name, score in others.items()))
-    result["compared_with"] = others
+    result |= dict(compared_with=others, minutes=(time.monotonic() - begun) / 60)
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{result['minutes']:.1f} minutes; result.json, actor.pt, metrics.csv and figure.png are in {run_dir}")
     return others
@@ -1232,7 +1235,7 @@ def main() -> None:
         save(checkpoint(learner, data, rows), run_dir / "checkpoint.pt")
 
     save(actor_file(learner.average, args, data), run_dir / "actor.pt")
-    result = dict(dynamics=pool_report, minutes=(time.monotonic() - begun) / 60)
+    result = dict(dynamics=pool_report)
     if env is not None:
         acts = dict(
             sampled=lambda obs: learner.average.act(obs, std=1.0), last=learner.actor.act, clone=learner.behaviour.act
@@ -1241,7 +1244,7 @@ def main() -> None:
             result[name] = summary(evaluate(act, env, args.final_episodes, args.seed + 20_000)[1], task)
         scores = ", ".join(f"{result[name]['score']:.1f}" for name in acts)
         print(f"sampled actions, the last π instead of its average, μ: {scores}")
-    others = report(args, data, env, learner.average.act, result, run_dir)
+    others = report(args, data, env, learner.average.act, result, run_dir, begun)
     plot(run_dir / "figure.png", args, data, learner, rows, others)
 
 

@@ -295,6 +295,9 @@ def read_actor(content, path: str, data: "Dataset") -> Actor:
         need(bool(good), key, f"a finite float tensor {shape}", x)
         return x.float()
 
+    known = "layers activation tanh log_std log_std_range obs_mean obs_std action_low action_high script env_id".split()
+    if unknown := [key for key in content if key not in known]:
+        sys.exit(f"{path}: it has {', '.join(map(str, unknown))}; known are {', '.join(known)} (docs/your_own.md)")
     layers, log_std, limits = (content.get(key) for key in ("layers", "log_std", "log_std_range"))
     pairs = [(x.get("weight"), x.get("bias")) if isinstance(x, dict) else () for x in layers or ()]
     good = all(len(pair) == 2 and all(isinstance(x, torch.Tensor) and x.ndim for x in pair) for pair in pairs)
@@ -565,8 +568,10 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
         sys.exit(f"{path} {what}: --dataset-path takes an HDF5 file in D4RL's layout or a Minari folder")
     with h5py.File(path) as file:
         arrays = {key: file[key][()] for key in KEYS if key in file}
+    if name not in D4RL:
+        return arrays, path.name, None
     with open(path, "rb") as file:
-        genuine = name in D4RL and hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
+        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
     return arrays, f"{path.name} ({'' if genuine else 'not '}D4RL's file)", None
 
 
@@ -687,7 +692,7 @@ def make_dataset(arrays: dict[str, np.ndarray], source: str, env: gym.Env | None
         low, high = box.low, box.high
     elif np.abs(actions).max() > 1.001:
         low, high = actions.min(0), np.where(np.ptp(actions, 0) > 0, actions.max(0), actions.min(0) + 1)
-        notes.append(f"no environment tells the bounds of actions: the data's are taken, {low} to {high}")
+        notes.append(f"without an environment the data's actions tell their bounds: {low} to {high}")
     scaled = 2 * (actions.astype(np.float64) - low) / (high - low) - 1
     remedy = "np.clip them if they were recorded before the environment's own clip, rescale them if the unit differs"
     inside = np.abs(scaled).max() <= 1.001

@@ -285,7 +285,7 @@ def main() -> None:
         return
     unknown = [name for name in args.what if name not in METHODS]
     if unknown or not args.what:
-        sys.exit(f"which table? {' '.join(unknown)} is none: {', '.join(METHODS)}")
+        sys.exit(f"{args.command} needs tables, of {', '.join(METHODS)}; not {' '.join(unknown) or 'none'}")
     for table in args.what:
         jobs, missing = plan(args, table)
         if args.command == "table":

@@ -300,7 +300,7 @@ class PSPO:
             average = name.replace("actor", "average")
             state[average] = (1 - args.average_rate) * state[average] + args.average_rate * state[name]
         for name, rate, budget in (("eta", 0.05, args.trust_region), ("alpha", 1e-3, args.target_kl)):
-            if budget:
+            if budget and (name == "eta" or args.regularization):
                 kl_now = seen["previous" if name == "eta" else "behaviour"].detach()
                 state[f"log_{name}"] = state[f"log_{name}"] + rate * min(max(kl_now / budget - 1, -1), 1)
         state["log_eta"] = state["log_eta"].clamp(-6, 6)
