@@ -343,7 +343,7 @@ def test_actions_at_and_without_bounds():
     arrays["actions"] = np.stack([np.linspace(10, 30, 12), np.full(12, 50.0)], 1)
     data = make(arrays)
     assert data.columns["actions"][:, 0] == pytest.approx(np.linspace(-1, 1, 12), abs=1e-6)
-    assert (data.columns["actions"][:, 1] == -1).all() and "the data's are taken" in data.notes[0]
+    assert (data.columns["actions"][:, 1] == -1).all() and "actions tell their bounds" in data.notes[0]
 
 
 # --- Units ---
