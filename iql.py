@@ -857,7 +857,7 @@ def plot(path: Path, args: Args, data: Dataset, learner: IQL, rows: list[dict], 
         axes[0].axhline(score, color="k", ls=style, lw=1, label=f"{name} {score:.1f}")
     if args.online_steps:
         axes[0].axvline(args.iterations, color="0.7", label="online from here")
-    axes[0].set(xlabel="iteration", ylabel="score", title=f"{args.env_id}, {data.source}")
+    axes[0].set(xlabel="iteration", ylabel="score", title=f"{args.env_id}\n{data.source}")
     ends, reward = np.flatnonzero(data.columns["ends"])[:2000] + 1, learner.data["rewards"].cpu().numpy()
     starts = np.append(0, ends[:-1])
     returns = [reward[i:j] @ args.gamma ** np.arange(j - i) for i, j in zip(starts, ends, strict=True)]

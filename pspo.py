@@ -86,6 +86,7 @@ class Args:
     warmup: int = 100_000  # iterations of the critic alone, before π leaves μ (ours)
     batch_size: int = 256  # rows per update, half of the data, half of the models (paper; half: PMDB)
     hidden: int = 256  # units in each of two hidden layers of policy and critics (paper)
+    layer_norm: bool = True  # in the critics: steadier far from the data, less exact where values have cliffs (ours)
     actor_lr: float = 3e-5  # cosine to zero over the iterations after the warm-up (PMDB; cosine: ours)
     critic_lr: float = 3e-4  # η_t of Eq. (6), cosine to zero (PMDB; cosine: ours)
     target_rate: float = 0.005  # Polyak rate of Q̄ (PMDB)
@@ -114,9 +115,9 @@ class Args:
 SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=8,
-        dynamics_lr=3e-3, hidden=64, actor_lr=1e-3, critic_lr=1e-3, average_rate=1e-3, alpha=0.003, target_kl=2.0,
-        iterations=20_000, warmup=2_000, behaviour_updates=1_000, rollout_horizon=20, action_samples=6,
-        eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
+        dynamics_lr=3e-3, hidden=128, layer_norm=False, actor_lr=1e-3, critic_lr=1e-3,
+        average_rate=1e-3, alpha=0.003, target_kl=2.0, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
+        rollout_horizon=20, action_samples=6, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
@@ -314,15 +315,15 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin critics with layer normalisation. (B, obs), (B, act) → (2, B)."""
+    """Twin critics, with layer normalisation or without. (B, obs), (B, act) → (2, B)."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layer_norm: bool):
         super().__init__()
         self.net = MLP(2, [obs_dim + act_dim, hidden, hidden, 1])
+        self.activation = (lambda h: F.relu(F.layer_norm(h, h.shape[-1:]))) if layer_norm else F.relu
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, action], -1)
-        return self.net(x, lambda h: F.relu(F.layer_norm(h, h.shape[-1:]))).squeeze(-1)
+        return self.net(torch.cat([obs, action], -1), self.activation).squeeze(-1)
 
 
 def spread(x: torch.Tensor) -> torch.Tensor:
@@ -444,7 +445,7 @@ class PSPO(nn.Module):
         rollouts = args.batch_size // 2
         self.groups = max(1, rollouts // self.GROUP)
         self.behaviour, self.actor, self.previous, self.average = (Actor(*sizes, args.hidden) for _ in range(4))
-        self.critic, self.target_critic = (Critic(*sizes, args.hidden) for _ in range(2))
+        self.critic, self.target_critic = (Critic(*sizes, args.hidden, args.layer_norm) for _ in range(2))
         self.target_critic.load_state_dict(self.critic.state_dict())
         for net in self.children():  # μ, π, π_i, the average of π, Q, Q̄
             net.net.mean[: obs.shape[1]] = obs.mean(0)
@@ -1153,7 +1154,7 @@ def plot(path: Path, args: Args, data: Dataset, learner: PSPO, rows: list[dict],
         axes[1].legend(fontsize=7)
     for (name, score), style in zip(others.items(), (":", "--", "-"), strict=False):
         axes[0].axhline(score, color="k", ls=style, lw=1, label=f"{name} {score:.1f}")
-    axes[0].set(xlabel="iteration", ylabel="score", title=f"{args.env_id}, {data.source}")
+    axes[0].set(xlabel="iteration", ylabel="score", title=f"{args.env_id}\n{data.source}")
     axes[1].set(xlabel="iteration", ylabel="return", title="Predicted and real return (Figure 2)")
     target, uncertainty = learner.target_and_uncertainty()
     axes[2].scatter(uncertainty, target, s=4, alpha=0.4, linewidths=0)

@@ -96,19 +96,7 @@ def gumbel_argmax(log_belief: torch.Tensor) -> torch.Tensor:
     return (log_belief - torch.empty_like(log_belief).exponential_().log()).argmax(-1)
 
 
-# --- What the recipe is made of, each left out ---
-
-
-class PlainCritic(PSPO):
-    """Without layer normalisation in the critics."""
-
-    def __init__(self, args: pspo.Args, data: dict[str, torch.Tensor], pool: pspo.Dynamics):
-        super().__init__(args, data, pool)
-        for critic in (self.critic, self.target_critic):
-            critic.forward = lambda obs, action, net=critic.net: net(torch.cat([obs, action], -1)).squeeze(-1)
-
-
-VARIANTS = {"A": PSPO, "uniform": Uniform, "B": Local, "C": Rollout, "no layer norm": PlainCritic}
+VARIANTS = {"A": PSPO, "uniform": Uniform, "B": Local, "C": Rollout}
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
@@ -132,7 +120,7 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
             for name, (variant, flags) in {
                 "the recipe": ("A", []),
                 "no warm-up": ("A", ["--warmup", "0"]),
-                "no layer norm": ("no layer norm", []),
+                "no layer norm": ("A", ["--no-layer-norm"]),
                 "target rate 0.005": ("A", ["--target-rate", "0.005"]),
                 "KL 0.3": ("A", ["--target-kl", "0.3"]),
                 "KL 1.5": ("A", ["--target-kl", "1.5"]),

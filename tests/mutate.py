@@ -64,6 +64,7 @@ pspo: self.rollout_age.mul_(~restart) ⇒ pass
 pspo: weight_decay=7.5e-5 ⇒ weight_decay=0.0
 pspo: (2 * beta * log_std).exp().detach() ⇒ (2 * beta * log_std).exp()
 pspo: F.relu(F.layer_norm(h, h.shape[-1:])) ⇒ F.relu(h)
+pspo: if layer_norm else F.relu ⇒ if True else F.relu
 pspo: flat.amin(0) ⇒ flat.amax(0)
 pspo: if self.rule is None else self.rule(next_obs) ⇒ if self.rule is None else self.rule(sample[..., 1:])
 pspo: alpha = self.log_alpha.exp() if args.regularization else 0.0 ⇒ alpha = self.log_alpha.exp()

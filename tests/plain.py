@@ -125,9 +125,11 @@ class PSPO:
         return out[: self.act], out[self.act :].clamp(-5, 2)
 
     def q(self, name, obs, action):
-        """The twins' values of one action; with layer normalisation."""
+        """The twins' values of one action."""
 
         def activation(h):
+            if not self.args.layer_norm:
+                return relu(h)
             return relu((h - h.mean()) / ((h - h.mean()) ** 2).mean().add(1e-5).sqrt())
 
         x = torch.cat([obs, action])

@@ -59,7 +59,7 @@ TINY = dict(
 CASES = {  # settings, range of rewards, whether the task's rule is known, log η at the start
     "as it is": (dict(gamma=0.9, target_kl=0.05, trust_region=0.15), (-1, 1), True, 0.0),
     "end learnt": (dict(gamma=0.7, target_kl=50.0, trust_region=50.0, action_samples=2), (-2, -1), False, -5.9),
-    "both projections": (dict(gamma=0.8, trust_region=0.15), (-1, 2), True, 0.0),
+    "no layer norm": (dict(gamma=0.8, layer_norm=False, trust_region=0.15), (-1, 2), True, 0.0),
     "no μ": (dict(gamma=1.0, target_kl=0.0, regularization=False), (1, 2), True, 5.9),
 }  # fmt: skip
 
