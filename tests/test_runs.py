@@ -34,6 +34,7 @@ TINY = {
     "pspo": SHORT | dict(
         warmup=1, pool_size=3, active_models=2, dynamics_hidden=8, dynamics_layers=1, dynamics_epochs=1,
         dynamics_batch=64, behaviour_updates=2, evidence_rows=4, action_samples=2, trust_region_every=3,
+        layer_norm=True,
     ),
 }  # fmt: skip
 
@@ -292,7 +293,7 @@ def test_without_an_environment(script, tmp_path, no_figure):
     run_dir = train(script, tmp_path / "runs", env_id="plant", dataset_path=file, eval_episodes=0)
     result = json.loads((run_dir / "result.json").read_text())
     assert "score" not in result and "eval/score" not in (run_dir / "metrics.csv").read_text()
-    assert "the data's are taken" in result["notes"][0]
+    assert "actions tell their bounds" in result["notes"][0]
     assert torch.load(run_dir / "actor.pt", weights_only=True)["action_high"].max() > 6
 
 
@@ -341,6 +342,7 @@ CHANGES = {
         pool_size=4, active_models=3, dynamics_hidden=9, dynamics_layers=2, dynamics_batch=32, dynamics_epochs=2,
         dynamics_lr=0.1, learn_termination=True, likelihood_coef=0.0, evidence_rows=8, warmup=2, average_rate=0.5,
         rollout_horizon=2, action_samples=4, alpha=1.0, target_kl=0.0, trust_region=1e-4, trust_region_every=2,
+        layer_norm=False,
         regularization=False, behaviour_updates=3,
     ),
 }  # fmt: skip
