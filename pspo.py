@@ -417,9 +417,8 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | N
     if not least.isfinite().all():
         sys.exit("the dynamics models diverged: lower --dynamics-lr, or look for extreme values in the data")
     variance = ((outputs[held_out] - pool.output_mean) / pool.output_std).cpu().var(0)
-    variance = torch.where(
-        variance > 1e-6, variance, torch.ones_like(variance)
-    )  # of what is constant: the error itself
+    # Of what is constant: the error itself
+    variance = torch.where(variance > 1e-6, variance, torch.ones_like(variance))
     explained = 1 - held_out_errors().var(1) / variance  # (pool, 1+obs)
     pool.requires_grad_(False)
     return pool, dict(explained_variance=explained.mean(0).tolist(), explained_worst=explained.amin(0).tolist())
@@ -1214,9 +1213,8 @@ def main() -> None:
             learner.redraw(pool)
         warm, share = iteration <= args.warmup, cosine(iteration - args.warmup, max(1, total - args.warmup))
         learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
-        learner.critic_optimizer.param_groups[0]["lr"].fill_(
-            args.critic_lr * cosine(iteration, total)
-        )  # η_t of Eq. (6)
+        # η_t of Eq. (6)
+        learner.critic_optimizer.param_groups[0]["lr"].fill_(args.critic_lr * cosine(iteration, total))
         sums = sums + (warm_up() if warm else iterate())
         if iteration % args.eval_every and iteration != total:
             continue

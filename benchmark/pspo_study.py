@@ -46,29 +46,20 @@ class Uniform(PSPO):
 class Local(Uniform):
     """Reading B: a belief of its own for every (s, a), Δ = |y_τ − Q(s, a)|, without data."""
 
-    def deltas(self, targets: torch.Tensor, action: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        return (targets - self.target_critic(self.rollout_obs, action).amin(0)).abs()  # (N, B)
-
-    def log_prior(self) -> torch.Tensor:
-        return torch.zeros(len(self.rollout_obs), len(self.members), device=self.device)  # (B, N)
-
-    def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One step in a model τ ~ P(· | s, a), drawn for every row."""
+    def ask(self, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What each model says of the rollouts' next step: r, s', terminal and y_τ, each (N, B, ...)."""
         mean, std, log_odds = self.active(self.rollout_obs, action)  # (N, B, 1+obs)
         reward, next_obs, terminal = self.active.next(mean, std, log_odds, torch.randn_like(mean[0]))
         next_value = self.value(next_obs, len(mean))
-        targets = bellman_target(reward / self.reward_scale, terminal, next_value, self.args.gamma)  # (N, B)
-        rows, prior = torch.arange(len(action), device=self.device), self.log_prior()
-        drawn = self.draw(prior, targets, action)  # (B,)
-        self.learn(prior, self.deltas(targets, action, targets[drawn, rows]))
-        return reward[drawn, rows], next_obs[drawn, rows], terminal[drawn, rows]
+        target = bellman_target(reward / self.reward_scale, terminal, next_value, self.args.gamma)
+        return reward, next_obs, terminal, target
 
-    def draw(self, prior: torch.Tensor, targets: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        delta = self.deltas(targets, action, targets[0])
-        return gumbel_argmax(posterior(delta.T, self.args.likelihood_coef))
-
-    def learn(self, prior: torch.Tensor, delta: torch.Tensor) -> None:
-        """Nothing is kept."""
+    def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step in a model τ ~ P(· | s, a), drawn for every row."""
+        *step, target = self.ask(action)
+        delta = (target - self.target_critic(self.rollout_obs, action).amin(0)).abs()  # (N, B)
+        drawn = gumbel_argmax(posterior(delta.T, self.args.likelihood_coef))  # (B,)
+        return tuple(x[drawn, torch.arange(len(drawn), device=self.device)] for x in step)
 
 
 class Rollout(Local):
@@ -78,17 +69,14 @@ class Rollout(Local):
         super().__init__(args, data, pool)
         self.register_buffer("log_rollout", torch.zeros(args.batch_size // 2, args.active_models, device=self.device))
 
-    def log_prior(self) -> torch.Tensor:
-        return torch.where(self.rollout_age[:, None] == 0, 0.0, self.log_rollout)  # (B, N)
-
-    def deltas(self, targets, action, seen) -> torch.Tensor:
-        return (targets - seen).abs()
-
-    def draw(self, prior, targets, action) -> torch.Tensor:
-        return gumbel_argmax(prior.log_softmax(-1))
-
-    def learn(self, prior, delta) -> None:
+    def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step in a model drawn from each rollout's own belief, which then sees what came of it."""
+        *step, target = self.ask(action)
+        prior = torch.where(self.rollout_age[:, None] == 0, 0.0, self.log_rollout)  # (B, N)
+        drawn, rows = gumbel_argmax(prior), torch.arange(len(action), device=self.device)
+        delta = (target - target[drawn, rows]).abs()  # (N, B)
         self.log_rollout.copy_((prior - self.args.likelihood_coef * delta.T).log_softmax(-1))
+        return tuple(x[drawn, rows] for x in step)
 
 
 def gumbel_argmax(log_belief: torch.Tensor) -> torch.Tensor:
