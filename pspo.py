@@ -123,8 +123,8 @@ SETTINGS = {
 }  # fmt: skip
 QUICK = dict(
     pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=6, dynamics_lr=1e-3,
-    hidden=128, actor_lr=1e-4, target_rate=0.02, average_rate=2.5e-4, iterations=30_000, warmup=10_000,
-    behaviour_updates=3_000, rollout_horizon=100, action_samples=4, eval_every=2_500,
+    gamma=0.995, hidden=128, actor_lr=2e-4, target_rate=0.04, average_rate=2.5e-4, iterations=30_000, warmup=10_000,
+    behaviour_updates=3_000, action_samples=4, eval_every=2_500,
 )  # fmt: skip
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
 
@@ -477,7 +477,7 @@ class PSPO(nn.Module):
 
         def learn() -> torch.Tensor:
             rows = torch.randint(len(data["actions"]), (args.batch_size,), device=self.device)
-            u = data["actions"][rows].clamp(-0.999, 0.999).atanh()
+            u = data["actions"][rows].clamp(-0.97, 0.97).atanh()  # many are at a bound
             loss = -gaussian_log_prob(u, *self.behaviour(data["observations"][rows])).mean()
             minimise(optimizer, loss)
             return loss.detach()

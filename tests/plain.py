@@ -375,7 +375,7 @@ def clone_behaviour(state, args, data, tape):
             total = 0
             for row in rows:
                 mean, log_std = network(state, "behaviour.net", data["observations"][row], relu).chunk(2)
-                u = torch.tensor([math.atanh(max(min(float(a), 0.999), -0.999)) for a in data["actions"][row]])
+                u = torch.tensor([math.atanh(max(min(float(a), 0.97), -0.97)) for a in data["actions"][row]])
                 total = total - log_normal(u, mean, log_std.clamp(-5, 2)) / args.batch_size
             return total
 
