@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What wants a GPU, in one go: recorded steps against eager ones, speed at the paper's sizes, one training end to end.
 #
-#     bash benchmark/gpu.sh FOLDER                    # about 15 minutes; results and run folder go to FOLDER
+#     bash benchmark/gpu.sh FOLDER                    # five minutes on an H100; results go to FOLDER
 #     bash benchmark/gpu.sh FOLDER --dataset-path hopper.hdf5 --eval-episodes 0     # flags for the training
 #     bash benchmark/gpu.sh --dry FOLDER              # tiny sizes on the CPU: does it run?
 set -euo pipefail

@@ -96,8 +96,8 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
     "belief": (
         range(1, 4),
         {
-            f"{data}, {reading}": (reading, ["--env-id", f"hopper-{data}-v2", *QUICK])
-            for data in ("medium", "random", "medium-replay")
+            f"{data}, {reading}{rows}": (reading + rows, ["--env-id", f"hopper-{data}-v2", *QUICK])
+            for data, rows in (("medium", ""), ("random", ""), ("medium-replay", ""), ("medium", ":20000"))
             for reading in ("uniform", "A", "B", "C")
         },
     ),
@@ -109,8 +109,9 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
                 "the recipe": ("A", []),
                 "no warm-up": ("A", ["--warmup", "0"]),
                 "no layer norm": ("A", ["--no-layer-norm"]),
-                "target rate 0.005": ("A", ["--target-rate", "0.005"]),
-                "KL 0.3": ("A", ["--target-kl", "0.3"]),
+                "γ 0.99": ("A", ["--gamma", "0.99"]),
+                "rollouts of 100": ("A", ["--rollout-horizon", "100"]),
+                "policy rate 1e-4": ("A", ["--actor-lr", "1e-4"]),
                 "KL 1.5": ("A", ["--target-kl", "1.5"]),
                 "no average": ("A", ["--average-rate", "1.0"]),
                 "no regularisation": ("A", ["--no-regularization"]),
@@ -134,7 +135,10 @@ class Args:
 
 
 def run(variant: str, pools: Path, flags: list[str]) -> None:
-    """pspo.py with a variant of its learner; the pool is taken from `pools` if a run of the same data trained it."""
+    """pspo.py with a variant of its learner; the pool is taken from `pools` if a run of the same data trained it.
+
+    variant: a reading, or "A:20000": on the data's first 20,000 rows, where the bootstraps differ.
+    """
     train = pspo.train_dynamics
 
     def cached(args: pspo.Args, data: dict[str, torch.Tensor], rule) -> tuple[pspo.Dynamics, dict]:
@@ -149,7 +153,13 @@ def run(variant: str, pools: Path, flags: list[str]) -> None:
         pspo.save(dict(pool=pool.state_dict(), report=report, rng=torch.get_rng_state()), path)
         return pool, report
 
-    pspo.train_dynamics, pspo.PSPO, sys.argv = cached, VARIANTS[variant], ["pspo.py", *flags]
+    def cut(args: pspo.Args) -> tuple:
+        arrays, source, spec = load(args)
+        return {key: column[: int(rows)] for key, column in arrays.items()}, f"{source}, its first {rows} rows", spec
+
+    load, (reading, _, rows) = pspo.load_arrays, variant.partition(":")
+    pspo.load_arrays = cut if rows else load
+    pspo.train_dynamics, pspo.PSPO, sys.argv = cached, VARIANTS[reading], ["pspo.py", *flags]
     pspo.main()
 
 
@@ -187,7 +197,7 @@ def table(results: dict[str, list[Path]]) -> str:
         logs = [np.genfromtxt(path.with_name("metrics.csv"), delimiter=",", names=True) for path in paths]
         key = "share_of_optimum" if "share_of_optimum" in of_seeds[0] else "score"
         values = [result[key] * (100 if key == "share_of_optimum" else 1) for result in of_seeds]
-        late = min(log["evalscore"][-(-2 * len(log) // 3) :].min() for log in logs)
+        late = min(log["evalscore"][-max(1, len(log) // 3) :].min() for log in logs)
         cells = [name, ", ".join(str(result["args"]["seed"]) for result in of_seeds), interval(values)]
         cells += [", ".join(f"{x:.1f}" for x in values), interval([result["sampled"]["score"] for result in of_seeds])]
         cells += [f"{late:.1f}", f"{np.mean([log['posteriorlargest'][-1] for log in logs]):.2f}"]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import gymnasium as gym
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pspo
-from benchmark import figures, reproduce, speed
+from benchmark import figures, pspo_study, reproduce, speed
 
 speed.ROWS = 2_000  # as few as do
 TINY = "--dataset-episodes 100 --pool-size 2 --active-models 2 --dynamics-epochs 1 --behaviour-updates 5 --warmup 5"
@@ -70,6 +71,32 @@ def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, 
     runs = [fake_run(tmp_path / "other", "pspo", "a", i, i, gamma=0.9 + i / 100) for i in (1, 2)]
     text = reproduce.compare([*runs, tmp_path])
     assert "| a | pspo | gamma 0.91 | 1.0 (1) |" in text and f"Not finished: {tmp_path}" in text
+
+
+def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypatch):
+    for name in ("train_dynamics", "load_arrays", "PSPO"):
+        monkeypatch.setattr(pspo, name, getattr(pspo, name))  # `run` replaces them
+    monkeypatch.setattr(pspo.signal, "signal", lambda *_: None)
+    folders = {variant: tmp_path / variant for variant in ("uniform:300", "B:300", "C:300")}
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    load = pspo.load_arrays
+    for variant, folder in folders.items():
+        pspo.load_arrays = load
+        pspo_study.run(variant, tmp_path, [*TINY.split(), "--runs-dir", str(folder)])
+        pspo.train_dynamics = None  # the pool is there
+    paths = {name: [pspo_study.finished(folder)] for name, folder in folders.items()}
+    text = pspo_study.table(paths)
+    assert all(f"| {name} | 1 |" in text for name in folders) and len(list(tmp_path.glob("*.pt"))) == 1
+    assert all("its first 300 rows" in json.loads(path.read_text())["dataset"] for [path] in paths.values())
+    last = {name: path.with_name("metrics.csv").read_text() for name, [path] in paths.items()}
+    assert len(set(last.values())) == 3  # three readings, three runs
+
+
+def test_a_draw_of_each_row_has_its_probabilities():
+    log_belief = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]]).log()
+    drawn = torch.stack([pspo_study.gumbel_argmax(log_belief) for _ in range(4000)])
+    share = torch.nn.functional.one_hot(drawn, 3).float().mean(0)
+    assert (share - log_belief.exp()).abs().max() < 0.04
 
 
 def test_figures(tmp_path, monkeypatch):
