@@ -38,6 +38,7 @@ pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sa
 pspo: held_out, train = order[:num_held_out], order[num_held_out:] ⇒ held_out, train = order[:num_held_out], order
 pspo: noise = torch.randn_like(mean[0]) ⇒ noise = torch.randn_like(mean)
 pspo: next_value = self.value(predicted, len(mean)) ⇒ next_value = self.value(predicted)
+pspo: .clamp(-0.97, 0.97) ⇒ .clamp(-0.999, 0.999)
 pspo: low - 0.1 * (high - low), high + 0.1 * (high - low) ⇒ low, high
 pspo: learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr ⇒ learner.critic_optimizer.param_groups[0]["lr"].fill_(args.actor_lr
 pspo: args.critic_lr * cosine(iteration, total) ⇒ args.critic_lr
