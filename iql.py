@@ -89,7 +89,7 @@ class Args:
     resume: str = ""  # run folder to go on with; how-flags and a moved --dataset-path may be given again
     num_threads: int = 1  # CPU threads (0: all cores; small networks are fastest on one)
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = False  # torch.compile the update (needs a C++ compiler): half the time, a minute to start
+    compile: bool = False  # torch.compile the update (needs a C++ compiler): a fifth faster, a minute to start
     track: bool = False  # also log to Weights & Biases
     wandb_project: str = "iql"  # its project
 
@@ -874,6 +874,8 @@ def plot(path: Path, args: Args, data: Dataset, learner: IQL, rows: list[dict], 
         import liquidation_env
 
         liquidation_env.draw_boundary(axes[3], learner.actor.act, args.gamma)
+    for ax in axes[:3]:
+        ax.locator_params("x", nbins=5)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)

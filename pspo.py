@@ -24,7 +24,7 @@ Most equations have one reading; where they have more, docs/pspo.md says which o
 
 Run it (minutes of one CPU core):
     python pspo.py                                                   # liquidation, generated data: 5 minutes
-    python pspo.py --env-id hopper-medium-v2 --quick                 # a CPU-sized setting: 15 minutes
+    python pspo.py --env-id hopper-medium-v2 --quick                 # a CPU-sized setting: 20 minutes
     python pspo.py --env-id hopper-medium-v2 --cuda                  # the paper's sizes; wants a GPU
     python pspo.py --env-id Pendulum-v1 --dataset-path mine.hdf5 --quick     # an environment and data of your own
     python pspo.py --resume runs/<run folder>                        # goes on from the last evaluation
@@ -1162,6 +1162,8 @@ def plot(path: Path, args: Args, data: Dataset, learner: PSPO, rows: list[dict],
         import liquidation_env
 
         liquidation_env.draw_boundary(axes[3], learner.average.act, args.gamma)
+    for ax in axes[:3]:
+        ax.locator_params("x", nbins=5)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
