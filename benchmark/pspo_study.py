@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import liquidation_env
 import pspo
-from pspo import PSPO, bellman_target, posterior
+from pspo import PSPO, bellman_target, posterior, sample_models
 
 # --- Readings of Eqs. (3) and (4): pspo.py's is A, one belief over the pool, fed by observed transitions ---
 
@@ -58,7 +58,7 @@ class Local(Uniform):
         """One step in a model τ ~ P(· | s, a), drawn for every row."""
         *step, target = self.ask(action)
         delta = (target - self.target_critic(self.rollout_obs, action).amin(0)).abs()  # (N, B)
-        drawn = gumbel_argmax(posterior(delta.T, self.args.likelihood_coef))  # (B,)
+        drawn = sample_models(posterior(delta.T, self.args.likelihood_coef), delta.shape[1:])  # (B,)
         return tuple(x[drawn, torch.arange(len(drawn), device=self.device)] for x in step)
 
 
@@ -73,15 +73,10 @@ class Rollout(Local):
         """One step in a model drawn from each rollout's own belief, which then sees what came of it."""
         *step, target = self.ask(action)
         prior = torch.where(self.rollout_age[:, None] == 0, 0.0, self.log_rollout)  # (B, N)
-        drawn, rows = gumbel_argmax(prior), torch.arange(len(action), device=self.device)
+        drawn, rows = sample_models(prior, prior.shape[:1]), torch.arange(len(action), device=self.device)
         delta = (target - target[drawn, rows]).abs()  # (N, B)
         self.log_rollout.copy_((prior - self.args.likelihood_coef * delta.T).log_softmax(-1))
         return tuple(x[drawn, rows] for x in step)
-
-
-def gumbel_argmax(log_belief: torch.Tensor) -> torch.Tensor:
-    """A draw from each row: (B, N) → (B,)."""
-    return (log_belief - torch.empty_like(log_belief).exponential_().log()).argmax(-1)
 
 
 VARIANTS = {"A": PSPO, "uniform": Uniform, "B": Local, "C": Rollout}

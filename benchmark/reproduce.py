@@ -8,7 +8,7 @@
 
 table1: PSPO and IQL on D4RL's locomotion sets. table2: liquidation. table3: PSPO's ablations. iql: the sets of IQL's
 Table 1. steering: goals of steer_poe.py (the paper's study is benchmark/steer_study.py). Settings are CPU-sized,
-pspo.py --quick (15 minutes a run) and 100,000 updates of iql.py with normalised observations; --full has the papers'.
+pspo.py --quick (20 minutes a run) and 100,000 updates of iql.py with normalised observations; --full has the papers'.
 """
 
 import itertools

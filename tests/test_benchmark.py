@@ -94,7 +94,7 @@ def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypat
 
 def test_a_draw_of_each_row_has_its_probabilities():
     log_belief = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]]).log()
-    drawn = torch.stack([pspo_study.gumbel_argmax(log_belief) for _ in range(4000)])
+    drawn = torch.stack([pspo.sample_models(log_belief, (2,)) for _ in range(4000)])
     share = torch.nn.functional.one_hot(drawn, 3).float().mean(0)
     assert (share - log_belief.exp()).abs().max() < 0.04
 

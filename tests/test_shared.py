@@ -6,6 +6,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
+
+import iql
+import pspo
+import steer_poe
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = {name: (ROOT / name).read_text() for name in ("iql.py", "pspo.py", "steer_poe.py")}
@@ -34,6 +39,16 @@ def test_one_name_is_one_text(one, other):
     common = mine.keys() & theirs.keys()
     different = {name for name in common if mine[name] != theirs[name]}
     assert len(common) > 15 and different <= DIFFERENT.keys(), different - DIFFERENT.keys()
+
+
+@pytest.mark.parametrize("script", (iql, pspo, steer_poe))
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+def test_spread_has_the_unit_of_its_column(script, unit):
+    """Standard deviations in any unit; a constant column's own size, and 1 of one that is 0."""
+    torch.manual_seed(0)
+    x = torch.randn(1000, 4) * torch.tensor([1.0, 1e-3, 0.0, 0.0]) + torch.tensor([5.0, 0.0, -3.0, 0.0])
+    expected = [unit * x[:, 0].std(), unit * x[:, 1].std(), 3 * unit, 1.0]
+    assert script.spread(unit * x).tolist() == pytest.approx([float(e) for e in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", TEXT)
