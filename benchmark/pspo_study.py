@@ -5,6 +5,7 @@
     python benchmark/pspo_study.py locomotion                # --quick on halfcheetah-medium-v2 and walker2d-medium-v2
     python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
     python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
+    python benchmark/pspo_study.py liquidation-ablations     # the same for liquidation
     python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
 
 A study can be stopped and called again: a run with a result.json is not run again, one with a checkpoint goes on. Runs
@@ -79,7 +80,7 @@ class Rollout(Local):
         return tuple(x[drawn, rows] for x in step)
 
 
-VARIANTS = {"A": PSPO, "uniform": Uniform, "B": Local, "C": Rollout}
+VARIANTS = {"A": PSPO, "one": PSPO, "uniform": Uniform, "B": Local, "C": Rollout}
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
@@ -96,6 +97,10 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
             for reading in ("uniform", "A", "B", "C")
         },
     ),
+    "liquidation-ablations": (
+        range(1, 4),
+        {"the recipe": ("A", []), "one projection": ("one", []), "no average": ("A", ["--average-rate", "1.0"])},
+    ),
     "ablations": (
         range(1, 4),
         {
@@ -104,6 +109,7 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
                 "the recipe": ("A", []),
                 "no warm-up": ("A", ["--warmup", "0"]),
                 "no layer norm": ("A", ["--no-layer-norm"]),
+                "one projection": ("one", []),
                 "γ 0.99": ("A", ["--gamma", "0.99"]),
                 "rollouts of 100": ("A", ["--rollout-horizon", "100"]),
                 "policy rate 1e-4": ("A", ["--actor-lr", "1e-4"]),
@@ -119,7 +125,8 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
 @dataclass
 class Args:
     study: Annotated[
-        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "poisoned"], tyro.conf.Positional
+        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "liquidation-ablations", "poisoned"],
+        tyro.conf.Positional,
     ]
     seeds: tuple[int, ...] = ()  # other seeds than the study's own
     only: tuple[str, ...] = ()  # only these variants, by the names in the table
@@ -132,7 +139,8 @@ class Args:
 def run(variant: str, pools: Path, flags: list[str]) -> None:
     """pspo.py with a variant of its learner; the pool is taken from `pools` if a run of the same data trained it.
 
-    variant: a reading, or "A:20000": on the data's first 20,000 rows, where the bootstraps differ.
+    variant: a reading; or "A:20000": on the data's first 20,000 rows, where the bootstraps differ; or "one": Eq. (9)
+    alone, without the second projection.
     """
     train = pspo.train_dynamics
 
@@ -153,6 +161,8 @@ def run(variant: str, pools: Path, flags: list[str]) -> None:
         return {key: column[: int(rows)] for key, column in arrays.items()}, f"{source}, its first {rows} rows", spec
 
     load, (reading, _, rows) = pspo.load_arrays, variant.partition(":")
+    if reading == "one":
+        pspo.projection_loss = lambda *_: 0.0
     pspo.load_arrays = cut if rows else load
     pspo.train_dynamics, pspo.PSPO, sys.argv = cached, VARIANTS[reading], ["pspo.py", *flags]
     pspo.main()
