@@ -27,6 +27,7 @@ Run it (minutes of one CPU core):
     python iql.py --resume runs/<run folder>                         # goes on from the last evaluation
 """
 
+import copy
 import csv
 import difflib
 import hashlib
@@ -52,8 +53,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+if find_spec("liquidation_env"):  # this file alone does without
+    import liquidation_env
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Args:
     dataset_path: str = ""  # HDF5 file in D4RL's layout, or a Minari folder, instead of the data that --env-id names
     eval_env_id: str = ""  # Gymnasium id to evaluate in, if not the one that --env-id implies
     dataset_episodes: int = 10_000  # liquidation: episodes of behaviour data to generate
-    quick: bool = False  # 50,000 updates, which a CPU does in minutes
+    quick: bool = False  # 50,000 updates, which a CPU does in minutes; liquidation always is
     seed: int = 1  # of every random generator
     # Equations (5) to (7)
     expectile: float = 0.7  # τ: 0.5 is the behaviour's mean value, towards 1 the best value in the data
@@ -199,14 +204,10 @@ class Actor(nn.Module):
 
     def file(self) -> dict:
         """How to act from (obs − obs_mean) / obs_std: layers with ReLU between, tanh on the mean."""
-        layers = [
-            dict(weight=w[0].detach().cpu().clone(), bias=b[0, 0].detach().cpu().clone())
-            for w, b in zip(self.net.weights, self.net.biases, strict=True)
-        ]
-        squash = dict(
-            activation="relu", tanh="mean", log_std=self.log_std.detach().cpu().clone(), log_std_range=[-5.0, 2.0]
-        )
-        return dict(layers=layers, obs_mean=self.net.mean.cpu(), obs_std=self.net.std.cpu()) | squash
+        net = copy.deepcopy(self.net).cpu().requires_grad_(False)
+        layers = [dict(weight=w[0], bias=b[0, 0]) for w, b in zip(net.weights, net.biases, strict=True)]
+        squash = dict(activation="relu", tanh="mean", log_std=self.log_std.detach().cpu(), log_std_range=[-5.0, 2.0])
+        return dict(layers=layers, obs_mean=net.mean, obs_std=net.std) | squash
 
 
 class Critic(nn.Module):
@@ -252,10 +253,11 @@ def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
-def follow(net: nn.Module, leader: nn.Module, rate: float) -> None:
+def follow(net: nn.Module, leader: nn.Module, rate: float | torch.Tensor) -> None:
     """Polyak averaging: net ← (1 − rate) net + rate leader."""
     with torch.no_grad():
-        torch._foreach_lerp_(list(net.parameters()), list(leader.parameters()), rate)
+        for mine, theirs in zip(net.parameters(), leader.parameters(), strict=True):
+            mine.lerp_(theirs, rate)
 
 
 # --- The algorithm ---
@@ -393,7 +395,7 @@ KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", 
 
 def task_of(env_id: str) -> str:
     """What settings, scores and rules go by: hopper-medium-v2, mujoco/hopper/medium-v0 and Hopper-v5 → hopper."""
-    return (env_id.split("/")[-2] if "/" in env_id else env_id.split(":")[-1].split("-")[0]).lower()
+    return (env_id.split("/")[-2] if "/" in env_id else env_id.split("-")[0]).lower()
 
 
 def fetch(name: str) -> Path:
@@ -421,8 +423,6 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     """Columns in D4RL's layout, where they are from, and the environment that Minari's data name."""
     name, path = args.env_id, Path(args.dataset_path).expanduser() if args.dataset_path else None
     if name == "liquidation" and path is None:
-        import liquidation_env
-
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
         near = difflib.get_close_matches(name, ["liquidation", *D4RL, *gym.registry], 3, 0.4)
@@ -471,9 +471,7 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
     for name, space in dict(observations=env.observation_space, actions=env.action_space).items():
         box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         if not box or (name == "actions" and not space.is_bounded()):
-            sys.exit(
-                f"{env.spec.id} has {name} {space}: only continuous vectors (a 1-d Box; actions bounded) work here"
-            )
+            sys.exit(f"{env.spec.id} has {name} {space}: only continuous vectors, actions bounded, work here")
     unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     return env if unit else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -579,19 +577,9 @@ def make_dataset(arrays: dict[str, np.ndarray], source: str, env: gym.Env | None
     return Dataset(columns, returns, low, high, source, notes, digest)
 
 
-def doubts(data: Dataset, env: gym.Env | None, args: Args, spec, rule: Callable | None) -> list[str]:
-    """What in the data does not fit the task; exits where training would be on something else than it seems.
-
-    spec: the environment that Minari's data name. rule: the task's own, next states (N, obs) → terminal (N,).
-    """
+def doubts(data: Dataset, env: gym.Env | None, args: Args, spec) -> list[str]:
+    """What in the data does not fit the task; spec: the environment that Minari's data name."""
     notes, obs, name = [], data.columns["observations"], env.spec.id if env else ""
-    if rule is not None:
-        ended, told = rule(torch.as_tensor(data.columns["next_observations"])).numpy(), data.columns["terminals"]
-        wrong = ((ended != told) & data.columns["known"]).sum()
-        if wrong > 0.05 * (ended | told).sum():
-            what = f"the task's rule ends {ended.sum():,} rows, the data's terminals {told.sum():,}, {wrong:,} differ"
-            why = "normalised observations? terminals and timeouts mixed up? an environment that does not end?"
-            sys.exit(f"{data.source}: {what} ({why}): --learn-termination believes the data")
     std = obs.std(0)
     if env is not None and (np.abs(obs.mean(0)) < 0.01).all() and ((np.abs(std - 1) < 0.01) | (std == 0)).all():
         notes.append(f"every observation has mean 0 and std 1: normalised? {name} gives its own units")
@@ -607,8 +595,6 @@ def doubts(data: Dataset, env: gym.Env | None, args: Args, spec, rule: Callable 
         wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
         notes.append(f"the data were collected through the wrappers {wrappers}, whose state they do not hold")
     if name == "Liquidation-v0" and args.dataset_path:
-        import liquidation_env
-
         notes += filter(None, [liquidation_env.market_warning(data.columns)])
     return notes
 
@@ -740,7 +726,7 @@ def parse() -> Args:
     return args
 
 
-def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
+def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
     """Device, data, environment, run folder. What can be wrong in a first hour ends here, in one line."""
     if args.env_id == "liquidation" and find_spec("liquidation_env") is None:
         sys.exit("the default task needs liquidation_env.py beside this file; others: --env-id and --dataset-path")
@@ -759,13 +745,11 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
         remedy = "--eval-env-id names another environment, --eval-episodes 0 trains without one" if arrays else files
         sys.exit(f"{args.dataset_path or args.env_id}: {type(error).__name__}: {error} ({remedy})".replace("\n", " "))
     data = make_dataset(arrays, source, env)
-    data.notes += doubts(data, env, args, spec, rule)
+    data.notes += doubts(data, env, args, spec)
     returns = data.returns if len(data.returns) else np.full(1, np.nan)
-    print(
-        f"data: {args.env_id}, {source}: {len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes, ",
-        end="",
-    )
-    print(f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})")
+    size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
+    earned = f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+    print(f"data: {args.env_id}, {data.source}: {size}, {earned}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
 
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -773,7 +757,6 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
     while not args.resume and run_dir.exists():  # another run of the same second
         run_dir = run_dir.with_name(run_dir.name + "+")
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2) + "\n")
 
     def stopped(*_) -> None:
         again = "go on with: " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
@@ -790,17 +773,6 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
         )
     print(f"run folder: {run_dir}", flush=True)
     return device, data, env, run_dir
-
-
-def diverged(row: dict, learner: nn.Module) -> bool:
-    """Whether a metric or a weight is NaN or infinite."""
-    return not all(map(math.isfinite, row.values())) or not all(x.isfinite().all() for x in learner.parameters())
-
-
-def actor_file(actor: Actor, args: Args, data: Dataset) -> dict:
-    """actor.pt: what acts without this script (docs/your_own.md shows the lines that play it)."""
-    box = dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
-    return dict(script=Path(__file__).stem, env_id=args.env_id) | box | actor.file()
 
 
 def report(
@@ -820,13 +792,12 @@ def report(
         print(f"{args.env_id}: {what} {result['score']:.1f} ± {result['score_ci95']:.1f}, ", end="")
         print(f"return {result['return']:.1f} ± {result['return_ci95']:.1f} of {len(returns)} episodes (95% interval)")
         if env.spec.id == "Liquidation-v0":
-            import liquidation_env
-
             result |= liquidation_env.compare(returns, args.seed + 20_000, args.gamma)
             others["exact optimum"] = result["optimum_score"]
             share, ci = 100 * result["share_of_optimum"], 100 * result["share_of_optimum_ci95"]
             print(f"{share:.2f} ± {ci:.2f}% of the exact optimum {result['optimum']:.2f}, on the same price paths")
-    print("beside it:", ", ".join(f"{name} {score:.1f}" for name, score in others.items()))
+    if others:
+        print("beside it:", ", ".join(f"{name} {score:.1f}" for name, score in others.items()))
     result |= dict(compared_with=others, minutes=(time.monotonic() - begun) / 60)
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{result['minutes']:.1f} minutes; result.json, actor.pt, metrics.csv and figure.png are in {run_dir}")
@@ -844,13 +815,9 @@ def reward_scale(kind: str, returns: np.ndarray) -> tuple[float, float]:
 
 def plot(path: Path, args: Args, data: Dataset, learner: IQL, rows: list[dict], others: dict[str, float]) -> None:
     """Learning curve; advantages in the data; V against the data's discounted returns; where liquidation sells."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     liquidation = args.env_id == "liquidation"
-    figure, axes = plt.subplots(1, 3 + liquidation, figsize=(4.4 * (3 + liquidation), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.4 * (3 + liquidation), 3.8), layout="constrained")
+    axes = figure.subplots(1, 3 + liquidation)
     if "eval/score" in rows[-1]:
         axes[0].plot([row["iteration"] for row in rows], [row["eval/score"] for row in rows], "o-", ms=3, label="IQL")
     for (name, score), style in zip(others.items(), (":", "--", "-"), strict=False):
@@ -871,14 +838,11 @@ def plot(path: Path, args: Args, data: Dataset, learner: IQL, rows: list[dict], 
     axes[2].axline((np.mean(returns), np.mean(returns)), slope=1, color="k", lw=1)
     axes[2].set(xlabel="discounted return of the episode", ylabel="V(s₀)", title="Value of the data's first states")
     if liquidation:
-        import liquidation_env
-
         liquidation_env.draw_boundary(axes[3], learner.actor.act, args.gamma)
     for ax in axes[:3]:
         ax.locator_params("x", nbins=5)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -897,6 +861,7 @@ def main() -> None:
         rows, offline = saved["rows"], saved["offline"]
         for key, column in saved["online"].items():
             learner.data[key][len(columns[key]) : learner.size] = column
+    (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2) + "\n")
     done = rows[-1]["iteration"] if rows else 0
     writer = SummaryWriter(str(run_dir), purge_step=done + 1)
 
@@ -919,7 +884,7 @@ def main() -> None:
             continue
         means = sums / (iteration - (rows[-1]["iteration"] if rows else 0))
         row = {"iteration": iteration} | dict(zip(IQL.METRICS, means.tolist(), strict=True))
-        if diverged(row, learner):
+        if not all(map(math.isfinite, row.values())):
             sys.exit(f"iteration {iteration}: not finite any more: lower --critic-lr, --actor-lr or --beta")
         if env is not None:
             returns = evaluate(learner.actor.act, env, args.eval_episodes, args.seed + 10_000)[1]
@@ -933,7 +898,9 @@ def main() -> None:
         write_log(rows, run_dir, writer)
         save(checkpoint(learner, data, rows) | dict(offline=offline, online=online), run_dir / "checkpoint.pt")
 
-    save(actor_file(learner.actor, args, data), run_dir / "actor.pt")
+    about = dict(script=Path(__file__).stem, env_id=args.env_id)  # docs/your_own.md has the lines that play it
+    about |= dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
+    save(about | learner.actor.file(), run_dir / "actor.pt")
     result = dict(offline=offline)
     others = report(args, data, env, learner.actor.act, result, run_dir, begun)
     if offline:

@@ -30,6 +30,7 @@ Run it (minutes of one CPU core):
     python pspo.py --resume runs/<run folder>                        # goes on from the last evaluation
 """
 
+import copy
 import csv
 import difflib
 import hashlib
@@ -54,8 +55,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+if find_spec("liquidation_env"):  # this file alone does without
+    import liquidation_env
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Args:
     dataset_path: str = ""  # HDF5 file in D4RL's layout, or a Minari folder, instead of the data that --env-id names
     eval_env_id: str = ""  # Gymnasium id to evaluate in, if not the one that --env-id implies
     dataset_episodes: int = 10_000  # liquidation: episodes of behaviour data to generate
-    quick: bool = False  # a setting of the MuJoCo tasks, or of your own, that one CPU core does in minutes
+    quick: bool = False  # a setting of MuJoCo's and your own tasks that one CPU core does in minutes
     seed: int = 1  # of every random generator
     # The pool of dynamics models
     pool_size: int = 100  # models, each trained on its own bootstrap of the data (paper)
@@ -306,12 +311,10 @@ class Actor(nn.Module):
 
     def file(self) -> dict:
         """How to act from (obs − obs_mean) / obs_std: layers with ReLU between, mean and log-std, tanh of a sample."""
-        layers = [
-            dict(weight=w[0].detach().cpu().clone(), bias=b[0, 0].detach().cpu().clone())
-            for w, b in zip(self.net.weights, self.net.biases, strict=True)
-        ]
+        net = copy.deepcopy(self.net).cpu().requires_grad_(False)
+        layers = [dict(weight=w[0], bias=b[0, 0]) for w, b in zip(net.weights, net.biases, strict=True)]
         squash = dict(activation="relu", tanh="sample", log_std="head", log_std_range=[-5.0, 2.0])
-        return dict(layers=layers, obs_mean=self.net.mean.cpu(), obs_std=self.net.std.cpu()) | squash
+        return dict(layers=layers, obs_mean=net.mean, obs_std=net.std) | squash
 
 
 class Critic(nn.Module):
@@ -348,10 +351,11 @@ def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     optimizer.step()
 
 
-def follow(net: nn.Module, leader: nn.Module, rate: float) -> None:
+def follow(net: nn.Module, leader: nn.Module, rate: float | torch.Tensor) -> None:
     """Polyak averaging: net ← (1 − rate) net + rate leader."""
     with torch.no_grad():
-        torch._foreach_lerp_(list(net.parameters()), list(leader.parameters()), rate)
+        for mine, theirs in zip(net.parameters(), leader.parameters(), strict=True):
+            mine.lerp_(theirs, rate)
 
 
 # --- The pool: every model by maximum likelihood on its own bootstrap of the data ---
@@ -449,6 +453,7 @@ class PSPO(nn.Module):
         for net in self.children():  # μ, π, π_i, the average of π, Q, Q̄
             net.net.mean[: obs.shape[1]] = obs.mean(0)
             net.net.std[: obs.shape[1]] = spread(obs)
+        self.pool = pool
         shape = args.dynamics_hidden, args.dynamics_layers, pool.rule
         self.active, self.sampled = (Dynamics(n, *sizes, *shape) for n in (args.active_models, self.groups))
         for name, value in dict(
@@ -460,7 +465,8 @@ class PSPO(nn.Module):
         ).items():  # fmt: skip
             self.register_buffer(name, value)
         self.to(obs.device)
-        for net in (self.behaviour, self.previous, self.average, self.target_critic, self.active, self.sampled):
+        frozen = self.behaviour, self.previous, self.average, self.target_critic, self.active, self.sampled, self.pool
+        for net in frozen:
             net.requires_grad_(False)
         # Rewards are divided by their range, not shifted: a shift would pay or punish staying alive.
         low, high = data["rewards"].min().item(), data["rewards"].max().item()
@@ -490,25 +496,30 @@ class PSPO(nn.Module):
         for net in (self.actor, self.previous, self.average):
             net.load_state_dict(self.behaviour.state_dict())
 
-    def redraw(self, pool: Dynamics) -> None:
+    def redraw(self) -> None:
         """Draw the N active models from the pool, without replacement."""
-        self.members.copy_(torch.randperm(pool.net.size, device=self.device)[: len(self.members)])
-        self.active.load_members(pool, self.members)
+        self.members.copy_(torch.randperm(self.pool.net.size, device=self.device)[: len(self.members)])
+        self.active.load_members(self.pool, self.members)
 
     def log_belief(self) -> torch.Tensor:
         """Eq. (4): log P over the active models, (N,). The unit of Δ is a tenth of its mean over the models (ours)."""
         evidence = self.evidence[self.members] / self.evidence_weight[self.members]
         return posterior(evidence, 10 * self.args.likelihood_coef)
 
+    def model_targets(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Each active model's y of Eq. (6), its mean reward and one s'': (B, obs), (B, act) → (N, B).
+
+        The same noise for every model, in s'' and in the actions of V: its part of Δ cancels between models.
+        """
+        mean, std, log_odds = self.active(obs, action)  # (N, B, 1+obs)
+        noise = torch.randn_like(mean[0])
+        _, next_obs, terminal = self.active.next(mean, std, log_odds, noise)
+        next_value = self.value(next_obs, len(mean))
+        return bellman_target(mean[..., 0] / self.reward_scale, terminal, next_value, self.args.gamma)
+
     def update_belief(self, obs, action, observed_target) -> None:
         """Eq. (3) on observed transitions: (E, obs), (E, act), (E,) → the running averages behind Eq. (4)."""
-        mean, std, log_odds = self.active(obs, action)  # (N, E, 1+obs)
-        # The same noise for every model, in s'' and in the actions of V: its part of Δ cancels between models.
-        noise = torch.randn_like(mean[0])
-        _, predicted, terminal = self.active.next(mean, std, log_odds, noise)
-        next_value = self.value(predicted, len(mean))
-        target = bellman_target(mean[..., 0] / self.reward_scale, terminal, next_value, self.args.gamma)
-        delta = model_evidence(target, observed_target)
+        delta = model_evidence(self.model_targets(obs, action), observed_target)
         delta = delta / delta.mean().clamp(min=1e-30)  # the critic's scale drifts: average what is relative
         self.evidence[self.members] = 0.98 * self.evidence[self.members] + delta
         self.evidence_weight[self.members] = 0.98 * self.evidence_weight[self.members] + 1
@@ -549,9 +560,7 @@ class PSPO(nn.Module):
         """Eqs. (3) to (6), (8): a rollout step, the belief, a critic update. Returns states (B, obs), metrics."""
         args, data = self.args, self.data
         rows = torch.randint(len(data["rewards"]), (args.batch_size // 2,), device=self.device)
-        obs, action, reward, next_obs, terminal = (
-            data[key][rows] for key in ("observations", "actions", "rewards", "next_observations", "terminals")
-        )
+        obs, action, reward, next_obs, terminal = (data[key][rows] for key in KEYS[:5])
         with torch.no_grad():
             data_target = bellman_target(reward / self.reward_scale, terminal, self.value(next_obs), args.gamma)
             few = slice(args.evidence_rows)
@@ -598,11 +607,8 @@ class PSPO(nn.Module):
                 log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
             log_pi = gaussian_log_prob(u, pi_mean, pi_log_std)
             loss = loss + alpha * projection_loss(q, log_weights, alpha, log_pi)
-        with torch.no_grad():  # π is the next π_i once the trust region has had its updates
-            self.updates.add_(1)
-            take = (self.updates % args.trust_region_every == 0).float()
-            for mine, theirs in zip(self.previous.parameters(), self.actor.parameters(), strict=True):
-                mine.lerp_(theirs, take)
+        self.updates.add_(1)  # π is the next π_i once the trust region has had its updates
+        follow(self.previous, self.actor, (self.updates % args.trust_region_every == 0).float())
         minimise(self.actor_optimizer, loss)
         follow(self.average, self.actor, args.average_rate)
         with torch.no_grad():  # dual ascent: η grows while its constraint is violated, α while KL(π ‖ μ) is too large
@@ -647,13 +653,20 @@ class PSPO(nn.Module):
         """Figure 3: mean and std over P of the models' targets, s from the data, a ~ π: (num_states,) each."""
         obs = self.data["observations"][torch.randint(len(self.data["rewards"]), (num_states,), device=self.device)]
         pi_mean, pi_log_std = self.actor(obs)
-        mean, std, log_odds = self.active(obs, (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh())
-        _, next_obs, terminal = self.active.next(mean, std, log_odds, torch.randn_like(mean[0]))
-        next_value = self.value(next_obs, len(mean))
-        target = bellman_target(mean[..., 0] / self.reward_scale, terminal, next_value, self.args.gamma)  # (N, n)
+        target = self.model_targets(obs, (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh())  # (N, n)
         belief = self.log_belief().exp()[:, None]
         average = (belief * target).sum(0)
         return average.cpu(), (belief * (target - average).square()).sum(0).sqrt().cpu()
+
+
+def check_rule(rule: Callable, data: "Dataset") -> None:
+    """The task's rule and the data's terminals must agree: training would be on something else than it seems."""
+    ended, told = rule(torch.as_tensor(data.columns["next_observations"])).numpy(), data.columns["terminals"]
+    wrong = ((ended != told) & data.columns["known"]).sum()
+    if wrong > 0.05 * (ended | told).sum():
+        what = f"the task's rule ends {ended.sum():,} rows, the data's terminals {told.sum():,}, {wrong:,} differ"
+        why = "normalised observations? terminals and timeouts mixed up? an environment that does not end?"
+        sys.exit(f"{data.source}: {what} ({why}): --learn-termination believes the data")
 
 
 # --- The paper ends here. Tasks and data ---
@@ -696,7 +709,7 @@ KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", 
 
 def task_of(env_id: str) -> str:
     """What settings, scores and rules go by: hopper-medium-v2, mujoco/hopper/medium-v0 and Hopper-v5 → hopper."""
-    return (env_id.split("/")[-2] if "/" in env_id else env_id.split(":")[-1].split("-")[0]).lower()
+    return (env_id.split("/")[-2] if "/" in env_id else env_id.split("-")[0]).lower()
 
 
 def fetch(name: str) -> Path:
@@ -724,8 +737,6 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     """Columns in D4RL's layout, where they are from, and the environment that Minari's data name."""
     name, path = args.env_id, Path(args.dataset_path).expanduser() if args.dataset_path else None
     if name == "liquidation" and path is None:
-        import liquidation_env
-
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
         near = difflib.get_close_matches(name, ["liquidation", *D4RL, *gym.registry], 3, 0.4)
@@ -774,9 +785,7 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
     for name, space in dict(observations=env.observation_space, actions=env.action_space).items():
         box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         if not box or (name == "actions" and not space.is_bounded()):
-            sys.exit(
-                f"{env.spec.id} has {name} {space}: only continuous vectors (a 1-d Box; actions bounded) work here"
-            )
+            sys.exit(f"{env.spec.id} has {name} {space}: only continuous vectors, actions bounded, work here")
     unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     return env if unit else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -882,19 +891,9 @@ def make_dataset(arrays: dict[str, np.ndarray], source: str, env: gym.Env | None
     return Dataset(columns, returns, low, high, source, notes, digest)
 
 
-def doubts(data: Dataset, env: gym.Env | None, args: Args, spec, rule: Callable | None) -> list[str]:
-    """What in the data does not fit the task; exits where training would be on something else than it seems.
-
-    spec: the environment that Minari's data name. rule: the task's own, next states (N, obs) → terminal (N,).
-    """
+def doubts(data: Dataset, env: gym.Env | None, args: Args, spec) -> list[str]:
+    """What in the data does not fit the task; spec: the environment that Minari's data name."""
     notes, obs, name = [], data.columns["observations"], env.spec.id if env else ""
-    if rule is not None:
-        ended, told = rule(torch.as_tensor(data.columns["next_observations"])).numpy(), data.columns["terminals"]
-        wrong = ((ended != told) & data.columns["known"]).sum()
-        if wrong > 0.05 * (ended | told).sum():
-            what = f"the task's rule ends {ended.sum():,} rows, the data's terminals {told.sum():,}, {wrong:,} differ"
-            why = "normalised observations? terminals and timeouts mixed up? an environment that does not end?"
-            sys.exit(f"{data.source}: {what} ({why}): --learn-termination believes the data")
     std = obs.std(0)
     if env is not None and (np.abs(obs.mean(0)) < 0.01).all() and ((np.abs(std - 1) < 0.01) | (std == 0)).all():
         notes.append(f"every observation has mean 0 and std 1: normalised? {name} gives its own units")
@@ -910,8 +909,6 @@ def doubts(data: Dataset, env: gym.Env | None, args: Args, spec, rule: Callable 
         wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
         notes.append(f"the data were collected through the wrappers {wrappers}, whose state they do not hold")
     if name == "Liquidation-v0" and args.dataset_path:
-        import liquidation_env
-
         notes += filter(None, [liquidation_env.market_warning(data.columns)])
     return notes
 
@@ -1043,7 +1040,7 @@ def parse() -> Args:
     return args
 
 
-def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
+def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
     """Device, data, environment, run folder. What can be wrong in a first hour ends here, in one line."""
     if args.env_id == "liquidation" and find_spec("liquidation_env") is None:
         sys.exit("the default task needs liquidation_env.py beside this file; others: --env-id and --dataset-path")
@@ -1062,13 +1059,11 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
         remedy = "--eval-env-id names another environment, --eval-episodes 0 trains without one" if arrays else files
         sys.exit(f"{args.dataset_path or args.env_id}: {type(error).__name__}: {error} ({remedy})".replace("\n", " "))
     data = make_dataset(arrays, source, env)
-    data.notes += doubts(data, env, args, spec, rule)
+    data.notes += doubts(data, env, args, spec)
     returns = data.returns if len(data.returns) else np.full(1, np.nan)
-    print(
-        f"data: {args.env_id}, {source}: {len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes, ",
-        end="",
-    )
-    print(f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})")
+    size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
+    earned = f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+    print(f"data: {args.env_id}, {data.source}: {size}, {earned}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
 
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1076,7 +1071,6 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
     while not args.resume and run_dir.exists():  # another run of the same second
         run_dir = run_dir.with_name(run_dir.name + "+")
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2) + "\n")
 
     def stopped(*_) -> None:
         again = "go on with: " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
@@ -1093,17 +1087,6 @@ def start(args: Args, rule: Callable | None = None) -> tuple[torch.device, Datas
         )
     print(f"run folder: {run_dir}", flush=True)
     return device, data, env, run_dir
-
-
-def diverged(row: dict, learner: nn.Module) -> bool:
-    """Whether a metric or a weight is NaN or infinite."""
-    return not all(map(math.isfinite, row.values())) or not all(x.isfinite().all() for x in learner.parameters())
-
-
-def actor_file(actor: Actor, args: Args, data: Dataset) -> dict:
-    """actor.pt: what acts without this script (docs/your_own.md shows the lines that play it)."""
-    box = dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
-    return dict(script=Path(__file__).stem, env_id=args.env_id) | box | actor.file()
 
 
 def report(
@@ -1123,13 +1106,12 @@ def report(
         print(f"{args.env_id}: {what} {result['score']:.1f} ± {result['score_ci95']:.1f}, ", end="")
         print(f"return {result['return']:.1f} ± {result['return_ci95']:.1f} of {len(returns)} episodes (95% interval)")
         if env.spec.id == "Liquidation-v0":
-            import liquidation_env
-
             result |= liquidation_env.compare(returns, args.seed + 20_000, args.gamma)
             others["exact optimum"] = result["optimum_score"]
             share, ci = 100 * result["share_of_optimum"], 100 * result["share_of_optimum_ci95"]
             print(f"{share:.2f} ± {ci:.2f}% of the exact optimum {result['optimum']:.2f}, on the same price paths")
-    print("beside it:", ", ".join(f"{name} {score:.1f}" for name, score in others.items()))
+    if others:
+        print("beside it:", ", ".join(f"{name} {score:.1f}" for name, score in others.items()))
     result |= dict(compared_with=others, minutes=(time.monotonic() - begun) / 60)
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{result['minutes']:.1f} minutes; result.json, actor.pt, metrics.csv and figure.png are in {run_dir}")
@@ -1138,13 +1120,9 @@ def report(
 
 def plot(path: Path, args: Args, data: Dataset, learner: PSPO, rows: list[dict], others: dict[str, float]) -> None:
     """Learning curve; predicted and real return (Figure 2); target and uncertainty (Figure 3); where it sells."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     liquidation = args.env_id == "liquidation"
-    figure, axes = plt.subplots(1, 3 + liquidation, figsize=(4.4 * (3 + liquidation), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.4 * (3 + liquidation), 3.8), layout="constrained")
+    axes = figure.subplots(1, 3 + liquidation)
     x = [row["iteration"] for row in rows]
     if "eval/score" in rows[-1]:
         axes[0].plot(x, [row["eval/score"] for row in rows], "o-", ms=3, label="PSPO")
@@ -1159,28 +1137,11 @@ def plot(path: Path, args: Args, data: Dataset, learner: PSPO, rows: list[dict],
     axes[2].scatter(uncertainty, target, s=4, alpha=0.4, linewidths=0)
     axes[2].set(xlabel="standard deviation over models", ylabel="target (reward ranges)", title="Figure 3")
     if liquidation:
-        import liquidation_env
-
         liquidation_env.draw_boundary(axes[3], learner.average.act, args.gamma)
     for ax in axes[:3]:
         ax.locator_params("x", nbins=5)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def load_or_train(
-    args: Args, columns: dict[str, torch.Tensor], rule: Callable | None, path: Path
-) -> tuple[Dynamics, dict]:
-    """A new pool and its report, kept at `path`; or those of the run that --resume names."""
-    if not args.resume:
-        pool, report = train_dynamics(args, columns, rule)
-        save(dict(pool=pool.state_dict(), report=report), path)
-        return pool, report
-    saved = torch.load(path, map_location=columns["rewards"].device, weights_only=True)
-    pool = empty_pool(args, columns, rule)
-    pool.load_state_dict(saved["pool"])
-    return pool, saved["report"]
 
 
 def main() -> None:
@@ -1193,18 +1154,25 @@ def main() -> None:
         sys.exit("no GPU here, and this setting takes weeks on a CPU: add --quick (--no-cuda starts it anyway)")
     task = task_of(args.env_id)
     rule = None if args.learn_termination else TERMINAL.get(task)
-    device, data, env, run_dir = start(args, rule)
+    device, data, env, run_dir = start(args)
+    if rule is not None:
+        check_rule(rule, data)
     columns = {key: torch.as_tensor(data.columns[key], device=device) for key in (*KEYS[:5], "known")}
     torch.manual_seed(args.seed)
-    pool, pool_report = load_or_train(args, columns, rule, run_dir / "dynamics.pt")
-    reward, *state = (f"{100 * x:.1f}" for x in pool_report["explained_variance"])
-    print(f"the models explain {reward}% of the reward's variance on held-out rows, of the state's {', '.join(state)}%")
-    learner, rows = PSPO(args, columns, pool), []
     if args.resume:
-        rows = restore(run_dir, learner, data)["rows"]
+        learner = PSPO(args, columns, empty_pool(args, columns, rule))
+        saved = restore(run_dir, learner, data)
+        rows, pool_report = saved["rows"], saved["dynamics"]
     else:
+        pool, pool_report = train_dynamics(args, columns, rule)
+        reward, *state = (f"{100 * x:.1f}" for x in pool_report["explained_variance"])
+        print(
+            f"on held-out rows the models explain {reward}% of the reward's variance, the state's {', '.join(state)}%"
+        )
+        learner, rows = PSPO(args, columns, pool), []
         learner.clone_behaviour()
-        learner.redraw(pool)
+        learner.redraw()
+    (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2) + "\n")
     done = rows[-1]["iteration"] if rows else 0
     writer = SummaryWriter(str(run_dir), purge_step=done + 1)
 
@@ -1212,7 +1180,7 @@ def main() -> None:
     total, sums = args.iterations, 0
     for iteration in tqdm(range(done + 1, total + 1), initial=done, total=total, disable=None):
         if iteration % 1000 == 0 and args.active_models < args.pool_size:
-            learner.redraw(pool)
+            learner.redraw()
         warm, share = iteration <= args.warmup, cosine(iteration - args.warmup, max(1, total - args.warmup))
         learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
         # η_t of Eq. (6)
@@ -1222,7 +1190,7 @@ def main() -> None:
             continue
         means = sums / (iteration - (rows[-1]["iteration"] if rows else 0))
         row = {"iteration": iteration} | dict(zip(PSPO.METRICS, means.tolist(), strict=True))
-        if diverged(row, learner):
+        if not all(map(math.isfinite, row.values())):
             sys.exit(f"iteration {iteration}: not finite any more: lower --critic-lr or --actor-lr")
         if env is not None:
             first, returns = evaluate(learner.average.act, env, args.eval_episodes, args.seed + 10_000)
@@ -1233,9 +1201,11 @@ def main() -> None:
         rows.append(row)
         sums = 0
         write_log(rows, run_dir, writer)
-        save(checkpoint(learner, data, rows), run_dir / "checkpoint.pt")
+        save(checkpoint(learner, data, rows) | dict(dynamics=pool_report), run_dir / "checkpoint.pt")
 
-    save(actor_file(learner.average, args, data), run_dir / "actor.pt")
+    about = dict(script=Path(__file__).stem, env_id=args.env_id)  # docs/your_own.md has the lines that play it
+    about |= dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
+    save(about | learner.average.file(), run_dir / "actor.pt")
     result = dict(dynamics=pool_report)
     if env is not None:
         acts = dict(

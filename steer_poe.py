@@ -40,6 +40,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
@@ -51,7 +52,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
+
+if find_spec("liquidation_env"):  # this file alone does without
+    import liquidation_env
 
 
 @dataclass
@@ -428,7 +433,7 @@ def regression(args: Args, data: dict[str, torch.Tensor], weights: torch.Tensor,
     obs, action = data["observations"], data["actions"]
     actor = Actor([obs.shape[1], args.hidden, args.hidden, 2 * action.shape[1]], tanh=tanh).to(obs.device)
     actor.net.mean, actor.net.std = obs.mean(0), spread(obs)
-    target = action.clamp(-0.999, 0.999).atanh() if tanh == "sample" else action
+    target = action.clamp(-0.97, 0.97).atanh() if tanh == "sample" else action
 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(obs), (args.batch_size,), device=obs.device)
@@ -517,7 +522,7 @@ KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", 
 
 def task_of(env_id: str) -> str:
     """What settings, scores and rules go by: hopper-medium-v2, mujoco/hopper/medium-v0 and Hopper-v5 → hopper."""
-    return (env_id.split("/")[-2] if "/" in env_id else env_id.split(":")[-1].split("-")[0]).lower()
+    return (env_id.split("/")[-2] if "/" in env_id else env_id.split("-")[0]).lower()
 
 
 def fetch(name: str) -> Path:
@@ -545,8 +550,6 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     """Columns in D4RL's layout, where they are from, and the environment that Minari's data name."""
     name, path = args.env_id, Path(args.dataset_path).expanduser() if args.dataset_path else None
     if name == "liquidation" and path is None:
-        import liquidation_env
-
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
         near = difflib.get_close_matches(name, ["liquidation", *D4RL, *gym.registry], 3, 0.4)
@@ -595,9 +598,7 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
     for name, space in dict(observations=env.observation_space, actions=env.action_space).items():
         box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         if not box or (name == "actions" and not space.is_bounded()):
-            sys.exit(
-                f"{env.spec.id} has {name} {space}: only continuous vectors (a 1-d Box; actions bounded) work here"
-            )
+            sys.exit(f"{env.spec.id} has {name} {space}: only continuous vectors, actions bounded, work here")
     unit = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     return env if unit else gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -703,19 +704,9 @@ def make_dataset(arrays: dict[str, np.ndarray], source: str, env: gym.Env | None
     return Dataset(columns, returns, low, high, source, notes, digest)
 
 
-def doubts(data: Dataset, env: gym.Env | None, args: Args, spec, rule: Callable | None) -> list[str]:
-    """What in the data does not fit the task; exits where training would be on something else than it seems.
-
-    spec: the environment that Minari's data name. rule: the task's own, next states (N, obs) → terminal (N,).
-    """
+def doubts(data: Dataset, env: gym.Env | None, args: Args, spec) -> list[str]:
+    """What in the data does not fit the task; spec: the environment that Minari's data name."""
     notes, obs, name = [], data.columns["observations"], env.spec.id if env else ""
-    if rule is not None:
-        ended, told = rule(torch.as_tensor(data.columns["next_observations"])).numpy(), data.columns["terminals"]
-        wrong = ((ended != told) & data.columns["known"]).sum()
-        if wrong > 0.05 * (ended | told).sum():
-            what = f"the task's rule ends {ended.sum():,} rows, the data's terminals {told.sum():,}, {wrong:,} differ"
-            why = "normalised observations? terminals and timeouts mixed up? an environment that does not end?"
-            sys.exit(f"{data.source}: {what} ({why}): --learn-termination believes the data")
     std = obs.std(0)
     if env is not None and (np.abs(obs.mean(0)) < 0.01).all() and ((np.abs(std - 1) < 0.01) | (std == 0)).all():
         notes.append(f"every observation has mean 0 and std 1: normalised? {name} gives its own units")
@@ -731,8 +722,6 @@ def doubts(data: Dataset, env: gym.Env | None, args: Args, spec, rule: Callable 
         wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
         notes.append(f"the data were collected through the wrappers {wrappers}, whose state they do not hold")
     if name == "Liquidation-v0" and args.dataset_path:
-        import liquidation_env
-
         notes += filter(None, [liquidation_env.market_warning(data.columns)])
     return notes
 
@@ -775,6 +764,8 @@ def parse() -> Args:
 
 def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
     """Data, environment and a given actor. What can be wrong in a first hour ends here, in one line."""
+    if args.env_id == "liquidation" and find_spec("liquidation_env") is None:
+        sys.exit("the default task needs liquidation_env.py beside this file; others: --env-id and --dataset-path")
     finite = all(math.isfinite(x) for x in vars(args).values() if isinstance(x, float))
     for flag, good, must in (
         ("alpha", args.alpha == "budget" or 0 <= args.alpha < 1, "in [0, 1): 1 would drop the frozen actor"),
@@ -801,26 +792,22 @@ def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
     data = make_dataset(arrays, source, env)
     if not len(data.returns):
         sys.exit(f"{source}: {data.notes[0]}, of which a goal's advantage is made: store the rows in order")
-    data.notes += doubts(data, env, args, spec, None)
+    data.notes += doubts(data, env, args, spec)
     actor = None if content is None else read_actor(content, args.actor, data)
     if content is not None and task_of(content.get("env_id", args.env_id)) != task_of(args.env_id):
         data.notes.append(f"{args.actor} is an actor of {content['env_id']}")
     size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
-    print(f"data: {args.env_id}, {source}: {size}, mean return {data.returns.mean():.1f}")
+    print(f"data: {args.env_id}, {data.source}: {size}, mean return {data.returns.mean():.1f}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
     return data, env, actor
 
 
 def plot(path: Path, args: Args, data: "Dataset", rows: list[dict], chosen: float) -> None:
     """KL, the goal's objective and the task's return against α; bars: 95% of the paired difference to Frozen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = {"kl": "mean KL from the frozen actor", "objective": "the goal's objective", "return": "the task's return"}
     names = {key: name for key, name in names.items() if key in rows[0]}
-    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.8), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.4 * len(names), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for ax, (key, name) in zip(axes[0], names.items(), strict=True):
         x, y, half = ([row.get(k, 0.0) for row in rows] for k in ("alpha", key, f"{key}_ci95"))
         ax.errorbar(x[:-1], y[:-1], half[:-1], fmt="o-", ms=4, capsize=3, color="#0072b2", label=args.rule)
@@ -834,7 +821,6 @@ def plot(path: Path, args: Args, data: "Dataset", rows: list[dict], chosen: floa
     goal = "a goal of its own" if args.goal_weights else f"goal {args.goal}"
     figure.suptitle(f"{args.env_id} ({data.source}), {goal}", fontsize=9, wrap=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def figure3(runs: tuple[Path, ...]) -> plt.Figure:
         data = pspo.make_dataset(arrays, source, pspo.make_env(args, spec))
         columns = {key: torch.as_tensor(data.columns[key]) for key in (*pspo.KEYS[:5], "known")}
         rule = None if args.learn_termination else pspo.TERMINAL.get(pspo.task_of(args.env_id))
-        learner = pspo.PSPO(args, columns, pspo.load_or_train(args, columns, rule, run / "dynamics.pt")[0])
+        learner = pspo.PSPO(args, columns, pspo.empty_pool(args, columns, rule))
         pspo.restore(run, learner, data)
         target, uncertainty = learner.target_and_uncertainty()
         ax.scatter(uncertainty, target, s=6, color=BLUE, alpha=0.4, linewidths=0)

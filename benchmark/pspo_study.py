@@ -222,7 +222,7 @@ def poisoned(seed: int, variant: str, iterations: int = 6000) -> dict[str, float
     pool.net.biases[-1][:3, :, 3] += 0.2 / pool.output_std[3]  # outputs: reward, Δt, Δm, Δp
     learner, env = VARIANTS[variant](args, columns, pool), pspo.make_env(args)
     learner.clone_behaviour()
-    learner.redraw(pool)
+    learner.redraw()
     for iteration in range(1, iterations + 1):
         share = pspo.cosine(iteration - args.warmup, iterations - args.warmup)
         learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)

@@ -73,7 +73,7 @@ def pspo_learner(args: pspo.Args, device: str = "cpu") -> pspo.PSPO:
     pool = pspo.empty_pool(args, data, pspo.TERMINAL["hopper"])
     pool.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, OBS))
     learner = pspo.PSPO(args, data, pool)
-    learner.redraw(pool)
+    learner.redraw()
     return learner
 
 

@@ -37,7 +37,7 @@ pspo: rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).
 pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sampled.next(mean, 0 * std, log_odds, torch.randn_like(mean))
 pspo: held_out, train = order[:num_held_out], order[num_held_out:] ⇒ held_out, train = order[:num_held_out], order
 pspo: noise = torch.randn_like(mean[0]) ⇒ noise = torch.randn_like(mean)
-pspo: next_value = self.value(predicted, len(mean)) ⇒ next_value = self.value(predicted)
+pspo: next_value = self.value(next_obs, len(mean)) ⇒ next_value = self.value(next_obs)
 pspo: .clamp(-0.97, 0.97) ⇒ .clamp(-0.999, 0.999)
 pspo: low - 0.1 * (high - low), high + 0.1 * (high - low) ⇒ low, high
 pspo: learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr ⇒ learner.critic_optimizer.param_groups[0]["lr"].fill_(args.actor_lr
@@ -48,7 +48,7 @@ pspo: eta * kl_previous).mean() ⇒ -eta * kl_previous).mean()
 pspo: self.updates % args.trust_region_every == 0 ⇒ self.updates % args.trust_region_every == 1
 pspo: kl_previous.mean() / args.trust_region - 1 ⇒ kl_previous.mean() - args.trust_region
 pspo: warm_up() if warm else iterate() ⇒ iterate()
-pspo: torch.randperm(pool.net.size, device=self.device)[: len(self.members)] ⇒ torch.randint(pool.net.size, (len(self.members),))
+pspo: torch.randperm(self.pool.net.size, device=self.device)[: len(self.members)] ⇒ torch.randint(self.pool.net.size, (len(self.members),))
 pspo: if iteration % 1000 == 0 and ⇒ if iteration % 1000 == 1 and
 pspo: bootstrap.gather(1, columns) ⇒ bootstrap[:1].expand(args.pool_size, -1).gather(1, columns)
 pspo: rows = train[bootstrap.gather(1, columns).long()] ⇒ rows = train[columns]
@@ -64,8 +64,8 @@ pspo: torch.where(restart[:, None], data["observations"][rows], rollout_next) �
 pspo: self.rollout_age.mul_(~restart) ⇒ pass
 pspo: weight_decay=7.5e-5 ⇒ weight_decay=0.0
 pspo: (2 * beta * log_std).exp().detach() ⇒ (2 * beta * log_std).exp()
-pspo: F.relu(F.layer_norm(h, h.shape[-1:])) ⇒ F.relu(h)
-pspo: if layer_norm else F.relu ⇒ if True else F.relu
+pspo: torch.relu_(F.layer_norm(h, h.shape[-1:])) ⇒ torch.relu_(h)
+pspo: if layer_norm else torch.relu_ ⇒ if True else torch.relu_
 pspo: flat.amin(0) ⇒ flat.amax(0)
 pspo: if self.rule is None else self.rule(next_obs) ⇒ if self.rule is None else self.rule(sample[..., 1:])
 pspo: alpha = self.log_alpha.exp() if args.regularization else 0.0 ⇒ alpha = self.log_alpha.exp()

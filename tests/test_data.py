@@ -91,7 +91,18 @@ def notes(env_id, arrays, rule=None, script=iql, **flags):
     args = script.Args(env_id=env_id, dataset_path="x", **flags)
     env = script.make_env(args)
     data = script.make_dataset(arrays, "x", env)
-    return "; ".join(data.notes + script.doubts(data, env, args, None, rule))
+    if rule is not None:
+        pspo.check_rule(rule, data)
+    return "; ".join(data.notes + script.doubts(data, env, args, None))
+
+
+def test_what_settings_go_by():
+    """A task by any of its names; what a user's own module registers is nobody else's task."""
+    names = {"hopper-medium-v2": "hopper", "mujoco/hopper/medium-v0": "hopper", "Hopper-v5": "hopper"}
+    names |= {"D4RL/door/human-v2": "door", "liquidation": "liquidation", "my_env:Door-v0": "my_env:door"}
+    for script in (iql, pspo):
+        assert {name: script.task_of(name) for name in names} == names
+        assert script.SETTINGS.get("my_env:door", {}) == {}
 
 
 # --- What a row means ---
@@ -448,7 +459,7 @@ def test_minari_data_behind_wrappers(tmp_path, monkeypatch, wrapper):
     args = replace(ARGS, env_id="own/wrapped-v0")
     arrays, _, spec = iql.load_arrays(args)
     env = iql.make_env(args, spec)
-    assert f"through the wrappers {wrapper}" in "".join(iql.doubts(make(arrays, env), env, args, spec, None))
+    assert f"through the wrappers {wrapper}" in "".join(iql.doubts(make(arrays, env), env, args, spec))
 
 
 # --- Files and downloads ---

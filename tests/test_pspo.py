@@ -77,7 +77,7 @@ def test_iterations_are_the_equations(case, exact, monkeypatch):
     pool.net.biases[-1].data[:, 0, 0] += torch.tensor([0.0, 3.0, 1.0])  # models that disagree about the reward
     learner, tape = pspo.PSPO(args, data, pool), plain.Tape()
     with tape.recording(monkeypatch):
-        learner.redraw(pool)
+        learner.redraw()
     assert learner.log_alpha.exp().item() == pytest.approx(0.3) and learner.log_eta == 0
     assert torch.equal(learner.evidence, torch.ones(3)) and torch.equal(learner.evidence_weight, torch.ones(3))
     assert ((learner.rollout_obs[:, None] == data["observations"]).all(-1).any(1)).all()
@@ -153,8 +153,8 @@ def test_main_warms_up_redraws_lowers_rates_and_evaluates_the_average(tmp_path, 
 
         return stub
 
-    def counted(self, pool):
-        redraw(self, pool)
+    def counted(self):
+        redraw(self)
         redrawn.append((len(seen), *sorted(self.members.tolist())))
 
     def evaluate(act, env, episodes, seed):
@@ -379,8 +379,8 @@ def small():
 
 def learner_of(small, pool=None, **settings):
     torch.manual_seed(0)
-    learner = pspo.PSPO(pspo.Args(**SMALL | settings), small[0], pool or small[1])
-    learner.redraw(pool or small[1])
+    learner = pspo.PSPO(pspo.Args(**SMALL | settings), small[0], copy.deepcopy(pool or small[1]))
+    learner.redraw()
     return learner
 
 

@@ -141,7 +141,6 @@ def test_stopped_and_gone_on_with_gives_the_same_bytes(typed):
 def test_what_is_printed_and_left(typed):
     script, run_dir, first, second, whole = typed
     files = ["actor.pt", "args.json", "checkpoint.pt", "figure.png", "metrics.csv", "result.json"]
-    files = sorted(files + (["dynamics.pt"] if script is pspo else []))
     assert sorted(path.name for path in whole.iterdir() if not path.name.startswith("events")) == files
     assert (run_dir / "figure.png").read_bytes().startswith(b"\x89PNG")
     with open(whole / "metrics.csv", newline="") as file:
@@ -216,7 +215,7 @@ def unkilled(tmp_path_factory):
 
 
 KILLED = {"iql": dict(env_id="test_data:Brief-v0", iterations=6, online_steps=8, eval_every=3)}
-KILLED["pspo"] = dict(iterations=12, warmup=5, eval_every=3)
+KILLED["pspo"] = dict(iterations=15, warmup=5, eval_every=3)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -241,14 +240,15 @@ def test_killed_before_the_first_evaluation(script, tmp_path):
 def test_resume_with_moved_data(script, tmp_path, no_figure):
     data = dict(env_id="plant", eval_episodes=0, dataset_path=write(tmp_path / "a.hdf5", rows(obs_dim=11)))
     run_dir = train(script, tmp_path / "runs", **data)
-    bytes_left = left(run_dir)
-    saved = (run_dir / "checkpoint.pt").read_bytes()
+    bytes_left, kept = left(run_dir), [run_dir / "checkpoint.pt", run_dir / "args.json"]
+    saved = [path.read_bytes() for path in kept]
     (run_dir / "actor.pt").unlink()
     shutil.move(tmp_path / "a.hdf5", tmp_path / "b.hdf5")
     assert "a.hdf5 does not exist" in refused(script, "--resume", run_dir)
-    write(tmp_path / "c.hdf5", rows(obs_dim=11, seed=1))
-    said = refused(script, "--resume", run_dir, "--dataset-path", tmp_path / "c.hdf5")
-    assert "other data (by SHA-256)" in said and (run_dir / "checkpoint.pt").read_bytes() == saved
+    for other in (dict(obs_dim=11, seed=1), dict(obs_dim=7)):
+        write(tmp_path / "c.hdf5", rows(**other))
+        said = refused(script, "--resume", run_dir, "--dataset-path", tmp_path / "c.hdf5")
+        assert "other data (by SHA-256)" in said and [path.read_bytes() for path in kept] == saved
     said = refused(script, "--resume", run_dir, "--gamma", "0.5")
     assert "--gamma: " in said and "has 0.99; leave the flag out" in said
     main(script, "--resume", run_dir, "--dataset-path", tmp_path / "b.hdf5", "--num-threads", "2")

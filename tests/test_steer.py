@@ -398,7 +398,7 @@ def test_actors_of_both_learners_act_as_in_their_own_script(script, tmp_path):
     theirs.net.std.uniform_(0.5, 2)
     if script is iql:
         theirs.log_std.data.copy_(torch.tensor([-7.0, 0.5]))  # of which -5 is the least
-    mine = through_a_file(script.actor_file(theirs, script.Args(), stand_in()), tmp_path)
+    mine = through_a_file(theirs.file(), tmp_path)
     obs = torch.randn(50, 3)
     for one, other in zip(mine(obs), theirs(obs), strict=True):
         torch.testing.assert_close(one, other.expand_as(one))
@@ -525,7 +525,7 @@ def test_as_typed(tmp_path, monkeypatch):
 
 def test_a_given_actor_stays_as_it_is_and_the_file_acts_alone(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    torch.save(iql.actor_file(iql.Actor(3, 1, 8), iql.Args(), stand_in(3, 1)), tmp_path / "mine.pt")
+    torch.save(iql.Actor(3, 1, 8).file(), tmp_path / "mine.pt")
     folder = run(
         monkeypatch, tmp_path, "--actor", "mine.pt", "--goal", "certainty", "--alpha", "0.4", "--rule", "kl-reg"
     )
