@@ -491,30 +491,9 @@ SERVERS = (  # tried in turn: Berkeley's, and a flat copy
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/{path}",
     "https://huggingface.co/datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5/{name}",
 )
-D4RL |= {
-    f"{task}-{kind}-v1": (f"hand_dapg_v1/{task}-{kind}-v1.hdf5", digits)
-    for task, column in {
-        "pen": "209e345b 6d1a982c 3791b8ca",
-        "door": "f9691288 1f6a60ec 66df4cd4",
-        "hammer": "3e42f3f4 e48d75b1 1c069a0f",
-    }.items()
-    for kind, digits in zip(("human", "cloned", "expert"), column.split(), strict=True)
-} | {
-    f"antmaze-{task}-v2": (f"ant_maze_v2/Ant_maze_{maze}_sparse_fixed.hdf5", digits)
-    for task, maze, digits in (
-        ("umaze", "u-maze_noisy_multistart_False_multigoal_False", "5ef15257"),
-        ("umaze-diverse", "u-maze_noisy_multistart_True_multigoal_True", "c771dd63"),
-        ("medium-play", "big-maze_noisy_multistart_True_multigoal_False", ""),  # in no table of checksums
-        ("medium-diverse", "big-maze_noisy_multistart_True_multigoal_True", "ad9dcbac"),
-        ("large-play", "hardest-maze_noisy_multistart_True_multigoal_False", "6d353df2"),
-        ("large-diverse", "hardest-maze_noisy_multistart_True_multigoal_True", "84f775eb"),
-    )
-}
 ENVS = {  # where a D4RL task is evaluated
     "liquidation": "liquidation_env:Liquidation-v0",
     "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4",
-    "pen": "gymnasium_robotics:AdroitHandPen-v1", "hammer": "gymnasium_robotics:AdroitHandHammer-v1",
-    "door": "gymnasium_robotics:AdroitHandDoor-v1", "relocate": "gymnasium_robotics:AdroitHandRelocate-v1",
 }  # fmt: skip
 
 KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")  # D4RL's layout

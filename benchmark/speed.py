@@ -307,6 +307,7 @@ def memory(rows: int, dry: bool) -> None:
 
 def growth(args: Args) -> None:
     torch.set_num_threads(args.threads[0])
+    clock = time.process_time if args.cpu_time else time.perf_counter
     rows, few = [["step", "what grows", "small", "middle", "large"]], dict(pool_size=10, active_models=5)
     for name, what, key, values in (
         ("pool update, 4 × 256, batch 256", "models", "pool_size", (10, 30, 100)),
@@ -318,13 +319,14 @@ def growth(args: Args) -> None:
         for value in values:
             of = pspo_args(False, args.dry, **few | (dict(pool_size=40) if what == "N" else {}) | {key: value})
             step = pspo_learner(of).iterate if what == "N" else pool_step(of)
-            rows[-1].append(f"{value}: {statistics.median(window(step) for _ in range(args.rounds)):.1f} ms")
+            rows[-1].append(f"{value}: {statistics.median(window(step, clock) for _ in range(args.rounds)):.1f} ms")
     rows.append(["peak memory, the paper's pool", "data rows"])
     for count in (2_000, 10_000, 20_000) if args.dry else (200_000, 1_000_000, 2_000_000):
         words = [sys.executable, __file__, f"--worker={count}", *["--dry"] * args.dry]
         rows[-1].append(f"{count:,}: {float(subprocess.check_output(words)):.1f} GB")
     print(markdown(rows))
-    print(f"\neager, {args.threads[0]} thread(s), medians of {args.rounds}, load {os.getloadavg()[0]:.1f}")
+    how = f"{'processor' if args.cpu_time else 'wall-clock'} time, medians of {args.rounds}"
+    print(f"\neager, {args.threads[0]} thread(s), {how}, load {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:
