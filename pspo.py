@@ -127,8 +127,8 @@ SETTINGS = {
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
 QUICK = dict(
-    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=6, dynamics_lr=1e-3,
-    gamma=0.995, hidden=128, actor_lr=2e-4, target_rate=0.04, average_rate=2.5e-4, iterations=30_000, warmup=10_000,
+    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=6, dynamics_lr=4e-3,
+    gamma=0.997, hidden=128, actor_lr=2e-4, target_rate=0.04, average_rate=2.5e-4, iterations=30_000, warmup=10_000,
     behaviour_updates=3_000, action_samples=4, eval_every=2_500,
 )  # fmt: skip
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume

@@ -29,7 +29,13 @@ sys.path.insert(0, str(ROOT))  # the scripts are not installed
 
 import pspo
 
-BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"  # Okabe and Ito's, for every kind of eye
+BLUE, ORANGE, GREEN, SKY, RED = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#56B4E9",
+    "#D55E00",
+)  # Okabe and Ito's, for every kind of eye
 
 
 @dataclass
@@ -80,7 +86,7 @@ def readme(runs: tuple[Path, ...]) -> plt.Figure:
 def figure2(runs: tuple[Path, ...]) -> plt.Figure:
     """The return that the models predict for the average policy, and the one it earns; one colour a run."""
     figure, ax = plt.subplots(figsize=(7, 4.3), layout="constrained")
-    for run, colour in zip(runs, itertools.cycle((BLUE, ORANGE, GREEN, SKY))):
+    for run, colour in zip(runs, itertools.cycle((BLUE, ORANGE, GREEN, SKY, RED))):
         result, columns = read(run)
         for key, what, style in (("return", "real", "-"), ("predicted_return", "predicted", ":")):
             label = f"{what}, seed {result['args']['seed']}"
