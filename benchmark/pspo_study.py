@@ -211,7 +211,7 @@ def table(results: dict[str, list[Path]]) -> str:
     return "\n".join(lines)
 
 
-def poisoned(seed: int, variant: str, iterations: int = 6000) -> dict[str, float]:
+def poisoned(seed: int, variant: str, iterations: int = 10_000) -> dict[str, float]:
     """Liquidation where 3 of 10 models add 0.2 to the price at every step; the others and the data are honest."""
     args = replace(pspo.Args(), **pspo.SETTINGS["liquidation"], seed=seed)
     args = replace(args, pool_size=10, iterations=iterations)
