@@ -18,7 +18,7 @@ No value is ever asked of an action outside the data: V(s) is an upper expectile
     (7)  L_π = −E_D[ min(exp(β (Q̄(s, a) − V(s))), 100) log π(a | s) ]
 
 Run it (minutes of one CPU core):
-    python iql.py                                                    # liquidation, generated data: 2 minutes
+    python iql.py                                                    # liquidation, generated data: 3 minutes
     python iql.py --env-id hopper-medium-v2 --quick                  # 50,000 updates: 10 minutes
     python iql.py --env-id hopper-medium-v2 --compile                # the paper's million updates: hours
     python iql.py --env-id D4RL/door/human-v2                        # a Minari id
