@@ -69,7 +69,7 @@ class Args:
     dataset_path: str = ""  # HDF5 file in D4RL's layout, or a Minari folder, instead of the data that --env-id names
     eval_env_id: str = ""  # Gymnasium id to evaluate in, if not the one that --env-id implies
     dataset_episodes: int = 10_000  # liquidation: episodes of behaviour data to generate
-    quick: bool = False  # 50,000 updates, which a CPU does in minutes; liquidation always is
+    quick: bool = False  # 50,000 updates, which a CPU does in minutes; liquidation takes fewer
     seed: int = 1  # of every random generator
     # Equations (5) to (7)
     expectile: float = 0.7  # τ: 0.5 is the behaviour's mean value, towards 1 the best value in the data
@@ -726,8 +726,8 @@ def parse() -> Args:
     return args
 
 
-def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
-    """Device, data, environment, run folder. What can be wrong in a first hour ends here, in one line."""
+def load(args: Args) -> tuple[torch.device, Dataset, gym.Env | None]:
+    """Device, data, environment. What can be wrong in a first hour ends here, in one line."""
     if args.env_id == "liquidation" and find_spec("liquidation_env") is None:
         sys.exit("the default task needs liquidation_env.py beside this file; others: --env-id and --dataset-path")
     if args.track and find_spec("wandb") is None:
@@ -751,7 +751,11 @@ def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
     earned = f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
     print(f"data: {args.env_id}, {data.source}: {size}, {earned}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
+    return device, data, env
 
+
+def open_run(args: Args) -> Path:
+    """The run's folder, a new one or --resume's; Ctrl-C from now on says how to go on, and --track begins."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or Path(args.runs_dir) / name.replace("/", "_").replace(":", "_")).expanduser()
     while not args.resume and run_dir.exists():  # another run of the same second
@@ -772,7 +776,12 @@ def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
             project=args.wandb_project, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True
         )
     print(f"run folder: {run_dir}", flush=True)
-    return device, data, env, run_dir
+    return run_dir
+
+
+def diverged(row: dict, learner: nn.Module) -> bool:
+    """Whether a metric or a weight is NaN or infinite."""
+    return not all(map(math.isfinite, row.values())) or not all(x.isfinite().all() for x in learner.parameters())
 
 
 def report(
@@ -847,10 +856,11 @@ def plot(path: Path, args: Args, data: Dataset, learner: IQL, rows: list[dict], 
 
 def main() -> None:
     args, begun = parse(), time.monotonic()
-    device, data, env, run_dir = start(args)
+    device, data, env = load(args)
     task, limit = task_of(args.env_id), (env.spec.max_episode_steps or 1000) if env else 0
     if args.online_steps and not 0 < limit <= args.eval_every:
         sys.exit(f"--online-steps needs an environment, and --eval-every at least its {limit} steps of an episode")
+    run_dir = open_run(args)
     scale, shift = reward_scale(args.reward, data.returns)
     columns = {key: torch.as_tensor(data.columns[key], device=device) for key in KEYS[:5]}
     columns["rewards"] = scale * columns["rewards"] + shift
@@ -884,7 +894,7 @@ def main() -> None:
             continue
         means = sums / (iteration - (rows[-1]["iteration"] if rows else 0))
         row = {"iteration": iteration} | dict(zip(IQL.METRICS, means.tolist(), strict=True))
-        if not all(map(math.isfinite, row.values())):
+        if diverged(row, learner):
             sys.exit(f"iteration {iteration}: not finite any more: lower --critic-lr, --actor-lr or --beta")
         if env is not None:
             returns = evaluate(learner.actor.act, env, args.eval_episodes, args.seed + 10_000)[1]

@@ -1040,8 +1040,8 @@ def parse() -> Args:
     return args
 
 
-def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
-    """Device, data, environment, run folder. What can be wrong in a first hour ends here, in one line."""
+def load(args: Args) -> tuple[torch.device, Dataset, gym.Env | None]:
+    """Device, data, environment. What can be wrong in a first hour ends here, in one line."""
     if args.env_id == "liquidation" and find_spec("liquidation_env") is None:
         sys.exit("the default task needs liquidation_env.py beside this file; others: --env-id and --dataset-path")
     if args.track and find_spec("wandb") is None:
@@ -1065,7 +1065,11 @@ def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
     earned = f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
     print(f"data: {args.env_id}, {data.source}: {size}, {earned}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
+    return device, data, env
 
+
+def open_run(args: Args) -> Path:
+    """The run's folder, a new one or --resume's; Ctrl-C from now on says how to go on, and --track begins."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or Path(args.runs_dir) / name.replace("/", "_").replace(":", "_")).expanduser()
     while not args.resume and run_dir.exists():  # another run of the same second
@@ -1086,7 +1090,12 @@ def start(args: Args) -> tuple[torch.device, Dataset, gym.Env | None, Path]:
             project=args.wandb_project, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True
         )
     print(f"run folder: {run_dir}", flush=True)
-    return device, data, env, run_dir
+    return run_dir
+
+
+def diverged(row: dict, learner: nn.Module) -> bool:
+    """Whether a metric or a weight is NaN or infinite."""
+    return not all(map(math.isfinite, row.values())) or not all(x.isfinite().all() for x in learner.parameters())
 
 
 def report(
@@ -1154,9 +1163,10 @@ def main() -> None:
         sys.exit("no GPU here, and this setting takes weeks on a CPU: add --quick (--no-cuda starts it anyway)")
     task = task_of(args.env_id)
     rule = None if args.learn_termination else TERMINAL.get(task)
-    device, data, env, run_dir = start(args)
+    device, data, env = load(args)
     if rule is not None:
         check_rule(rule, data)
+    run_dir = open_run(args)
     columns = {key: torch.as_tensor(data.columns[key], device=device) for key in (*KEYS[:5], "known")}
     torch.manual_seed(args.seed)
     if args.resume:
@@ -1190,7 +1200,7 @@ def main() -> None:
             continue
         means = sums / (iteration - (rows[-1]["iteration"] if rows else 0))
         row = {"iteration": iteration} | dict(zip(PSPO.METRICS, means.tolist(), strict=True))
-        if not all(map(math.isfinite, row.values())):
+        if diverged(row, learner):
             sys.exit(f"iteration {iteration}: not finite any more: lower --critic-lr or --actor-lr")
         if env is not None:
             first, returns = evaluate(learner.average.act, env, args.eval_episodes, args.seed + 10_000)

@@ -29,13 +29,8 @@ sys.path.insert(0, str(ROOT))  # the scripts are not installed
 
 import pspo
 
-BLUE, ORANGE, GREEN, SKY, RED = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#56B4E9",
-    "#D55E00",
-)  # Okabe and Ito's, for every kind of eye
+# Okabe and Ito's, for every kind of eye
+BLUE, ORANGE, GREEN, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00"
 
 
 @dataclass

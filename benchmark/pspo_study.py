@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest import mock
 
 import numpy as np
 import scipy.stats
@@ -80,7 +81,15 @@ class Rollout(Local):
         return tuple(x[drawn, rows] for x in step)
 
 
-VARIANTS = {"A": PSPO, "one": PSPO, "uniform": Uniform, "B": Local, "C": Rollout}
+class OneProjection(PSPO):
+    """Eq. (9) alone, without KL(π* ‖ π) beside it."""
+
+    def improve_policy(self, obs: torch.Tensor) -> list[torch.Tensor]:
+        with mock.patch.object(pspo, "projection_loss", lambda *_: 0.0):
+            return super().improve_policy(obs)
+
+
+VARIANTS = {"A": PSPO, "one": OneProjection, "uniform": Uniform, "B": Local, "C": Rollout}
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
@@ -139,8 +148,7 @@ class Args:
 def run(variant: str, pools: Path, flags: list[str]) -> None:
     """pspo.py with a variant of its learner; the pool is taken from `pools` if a run of the same data trained it.
 
-    variant: a reading; or "A:20000": on the data's first 20,000 rows, where the bootstraps differ; or "one": Eq. (9)
-    alone, without the second projection.
+    variant: one of VARIANTS; "A:20000": on the data's first 20,000 rows, where the bootstraps differ.
     """
     train = pspo.train_dynamics
 
@@ -161,8 +169,6 @@ def run(variant: str, pools: Path, flags: list[str]) -> None:
         return {key: column[: int(rows)] for key, column in arrays.items()}, f"{source}, its first {rows} rows", spec
 
     load, (reading, _, rows) = pspo.load_arrays, variant.partition(":")
-    if reading == "one":
-        pspo.projection_loss = lambda *_: 0.0
     pspo.load_arrays = cut if rows else load
     pspo.train_dynamics, pspo.PSPO, sys.argv = cached, VARIANTS[reading], ["pspo.py", *flags]
     pspo.main()

@@ -390,6 +390,11 @@ def play(actor, obs):
     return steer_poe.steer(actor, actor.gaussian, "frozen", 0.0)(np.asarray(obs, np.float32))
 
 
+def about(script, act_dim=2):
+    """What an actor.pt holds beside the actor."""
+    return dict(script=script, env_id="liquidation", action_low=-torch.ones(act_dim), action_high=torch.ones(act_dim))
+
+
 @pytest.mark.parametrize("script", [iql, pspo])
 def test_actors_of_both_learners_act_as_in_their_own_script(script, tmp_path):
     torch.manual_seed(0)
@@ -398,7 +403,7 @@ def test_actors_of_both_learners_act_as_in_their_own_script(script, tmp_path):
     theirs.net.std.uniform_(0.5, 2)
     if script is iql:
         theirs.log_std.data.copy_(torch.tensor([-7.0, 0.5]))  # of which -5 is the least
-    mine = through_a_file(theirs.file(), tmp_path)
+    mine = through_a_file(about(script.__name__) | theirs.file(), tmp_path)
     obs = torch.randn(50, 3)
     for one, other in zip(mine(obs), theirs(obs), strict=True):
         torch.testing.assert_close(one, other.expand_as(one))
@@ -525,7 +530,7 @@ def test_as_typed(tmp_path, monkeypatch):
 
 def test_a_given_actor_stays_as_it_is_and_the_file_acts_alone(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    torch.save(iql.Actor(3, 1, 8).file(), tmp_path / "mine.pt")
+    torch.save(about("iql", 1) | iql.Actor(3, 1, 8).file(), tmp_path / "mine.pt")
     folder = run(
         monkeypatch, tmp_path, "--actor", "mine.pt", "--goal", "certainty", "--alpha", "0.4", "--rule", "kl-reg"
     )
