@@ -127,9 +127,9 @@ SETTINGS = {
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
 QUICK = dict(
-    pool_size=10, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=6, dynamics_lr=4e-3,
-    gamma=0.997, hidden=128, actor_lr=2e-4, target_rate=0.04, average_rate=2.5e-4, iterations=30_000, warmup=10_000,
-    behaviour_updates=3_000, action_samples=4, eval_every=2_500,
+    pool_size=5, active_models=5, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=12,
+    dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, average_rate=5e-4, iterations=20_000,
+    warmup=10_000, behaviour_updates=10_000, action_samples=4, eval_every=2_000,
 )  # fmt: skip
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
 
@@ -479,7 +479,7 @@ class PSPO(nn.Module):
 
     def clone_behaviour(self) -> None:
         """μ by maximum likelihood on the data; π and π_i start there."""
-        args, data, optimizer = self.args, self.data, adam((self.behaviour.requires_grad_(True), 1e-3))
+        args, data, optimizer = self.args, self.data, adam((self.behaviour.requires_grad_(True), 5e-3))
 
         def learn() -> torch.Tensor:
             rows = torch.randint(len(data["actions"]), (args.batch_size,), device=self.device)
@@ -490,7 +490,7 @@ class PSPO(nn.Module):
 
         step = fast(learn, self.device, args.compile)
         for update in tqdm(range(1, args.behaviour_updates + 1), desc="behaviour", disable=None):
-            optimizer.param_groups[0]["lr"].fill_(1e-3 * cosine(update, args.behaviour_updates))
+            optimizer.param_groups[0]["lr"].fill_(5e-3 * cosine(update, args.behaviour_updates))
             step()
         self.behaviour.requires_grad_(False)
         for net in (self.actor, self.previous, self.average):
@@ -566,7 +566,9 @@ class PSPO(nn.Module):
             few = slice(args.evidence_rows)
             self.update_belief(obs[few], action[few], data_target[few])
             pi_mean, pi_log_std = self.actor(self.rollout_obs)
-            rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh()
+            noise = torch.randn_like(pi_mean)
+            noise[::2] = 0  # half of the rollouts act by π's mean, which is what is evaluated
+            rollout_action = (pi_mean + pi_log_std.exp() * noise).tanh()
             rollout_reward, rollout_next, rollout_end = self.rollout(rollout_action)
             next_value = self.value(rollout_next)
             model_target = bellman_target(rollout_reward / self.reward_scale, rollout_end, next_value, args.gamma)
@@ -578,9 +580,11 @@ class PSPO(nn.Module):
         minimise(self.critic_optimizer, loss)
         follow(self.target_critic, self.critic, args.target_rate)
 
-        with torch.no_grad():  # rollouts go on from s'; a finished one starts again at a state of the data
+        with torch.no_grad():  # rollouts go on from s'; finished, or out of the data, they start again at a state of it
             self.rollout_age.add_(1)
-            restart = rollout_end | (self.rollout_age >= args.rollout_horizon)
+            low, high = self.pool.box
+            outside = (((rollout_next <= low) | (rollout_next >= high)) & (low < high)).any(-1)
+            restart = rollout_end | outside | (self.rollout_age >= args.rollout_horizon)
             rows = torch.randint(len(data["rewards"]), restart.shape, device=restart.device)
             self.rollout_obs.copy_(torch.where(restart[:, None], data["observations"][rows], rollout_next))
             self.rollout_age.mul_(~restart)

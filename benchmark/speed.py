@@ -93,7 +93,7 @@ def our_steps(dry: bool, device: str = "cpu") -> dict[str, Callable[[], Callable
         "IQL update": lambda: iql.IQL(args, random_rows(device)).update,
         "PSPO iteration, quick": lambda: pspo_learner(quick, device).iterate,
         "PSPO iteration, paper's sizes": lambda: pspo_learner(paper, device).iterate,
-        "pool update, 10 × 3 × 200": lambda: pool_step(quick, device),
+        "pool update, 5 × 3 × 200": lambda: pool_step(quick, device),
         "pool update, 100 × 4 × 256": lambda: pool_step(paper, device),
     }
 

@@ -39,6 +39,9 @@ pspo: held_out, train = order[:num_held_out], order[num_held_out:] ⇒ held_out,
 pspo: noise = torch.randn_like(mean[0]) ⇒ noise = torch.randn_like(mean)
 pspo: next_value = self.value(next_obs, len(mean)) ⇒ next_value = self.value(next_obs)
 pspo: .clamp(-0.97, 0.97) ⇒ .clamp(-0.999, 0.999)
+pspo: noise[::2] = 0 ⇒ noise[1::2] = 0
+pspo: rollout_end | outside | ⇒ rollout_end |
+pspo: & (low < high)).any(-1) ⇒ ).any(-1)
 pspo: low - 0.1 * (high - low), high + 0.1 * (high - low) ⇒ low, high
 pspo: learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr ⇒ learner.critic_optimizer.param_groups[0]["lr"].fill_(args.actor_lr
 pspo: args.critic_lr * cosine(iteration, total) ⇒ args.critic_lr

@@ -210,7 +210,7 @@ class PSPO:
         noise, belief, arrivals = self.take("randn", half, self.act), self.belief(), []
         for i in range(half):
             mean, log_std = self.policy("actor", state["rollout_obs"][i])
-            actions.append((mean + log_std.exp() * noise[i]).tanh())
+            actions.append((mean + log_std.exp() * noise[i] * (i % 2)).tanh())
         exponential = self.take("exponential_", 2, args.active_models)
         models = [max(range(len(belief)), key=lambda n: belief[n] / exponential[g, n]) for g in range(2)]
         for name in state:
@@ -240,7 +240,9 @@ class PSPO:
         rows = self.take("randint", half, bound=len(data["rewards"]))
         for i, (_, next_obs, end) in enumerate(arrivals):
             state["rollout_age"][i] += 1
-            restart = end or state["rollout_age"][i] >= args.rollout_horizon
+            edges = zip(next_obs, *state["pool.box"], strict=True)
+            out = any(low < high and not low < x < high for x, low, high in edges)
+            restart = end or out or state["rollout_age"][i] >= args.rollout_horizon
             state["rollout_obs"][i] = data["observations"][rows[i]] if restart else next_obs
             state["rollout_age"][i] *= not restart
         means = [sum(map(sum, part)) / (2 * half) for part in (q[:half], q[half:])]
@@ -379,7 +381,7 @@ def clone_behaviour(state, args, data, tape):
                 total = total - log_normal(u, mean, log_std.clamp(-5, 2)) / args.batch_size
             return total
 
-        adam.step(state, loss, 1e-3 * (1 + math.cos(math.pi * update / args.behaviour_updates)) / 2)
+        adam.step(state, loss, 5e-3 * (1 + math.cos(math.pi * update / args.behaviour_updates)) / 2)
     for name in adam.names:
         state |= {name.replace("behaviour", other): state[name] for other in ("actor", "previous", "average")}
 

@@ -74,6 +74,7 @@ def test_iterations_are_the_equations(case, exact, monkeypatch):
     for name, x in pool.named_buffers():
         x.copy_(0.5 + torch.rand(x.shape) if name.endswith("std") else 0.1 * torch.randn(x.shape))
     pool.box.copy_(torch.tensor([[-0.8], [0.8]]).expand(2, OBS))
+    pool.box[:, -1] = 0.1  # a column that is constant in the data: nothing can leave it
     pool.net.biases[-1].data[:, 0, 0] += torch.tensor([0.0, 3.0, 1.0])  # models that disagree about the reward
     learner, tape = pspo.PSPO(args, data, pool), plain.Tape()
     with tape.recording(monkeypatch):
