@@ -79,7 +79,7 @@ class Args:
     dynamics_hidden: int = 512  # units of a hidden layer (paper; hopper 256)
     dynamics_layers: int = 4  # hidden layers (PMDB)
     dynamics_batch: int = 512  # rows per update and model (paper; hopper 256)
-    dynamics_epochs: int = 1000  # passes over the data (paper)
+    dynamics_epochs: int = 1000  # passes over the data (paper); 0: those of 50,000 updates, at most 200
     dynamics_lr: float = 1e-4  # AdamW, cosine to zero (PMDB)
     learn_termination: bool = False  # models predict the end from `terminals`, also where the task's rule is known
     # The posterior, Eqs. (3) and (4)
@@ -127,7 +127,7 @@ SETTINGS = {
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
 QUICK = dict(
-    pool_size=5, active_models=5, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=12,
+    pool_size=5, active_models=5, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=0,
     dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, average_rate=5e-4, iterations=20_000,
     warmup=10_000, behaviour_updates=10_000, action_samples=4, eval_every=2_000,
 )  # fmt: skip
@@ -406,10 +406,11 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | N
         target = (outputs[held_out] - pool.output_mean) / pool.output_std
         return (weight[held_out] * (pool.standardised(inputs[held_out])[0] - target)).cpu()  # (pool, held out, 1+obs)
 
-    step, updates = fast(learn, device, args.compile), max(1, len(train) // args.dynamics_batch)
+    step, updates = fast(learn, device, args.compile), max(1, len(train) // args.dynamics_batch)  # of a pass
+    epochs = args.dynamics_epochs or min(200, max(1, 50_000 // updates))  # few rows need many passes
     best, least = [p.detach().clone() for p in pool.net.parameters()], torch.full((args.pool_size,), math.inf)
-    for update in tqdm(range(1, args.dynamics_epochs * updates + 1), desc="dynamics", disable=None):
-        optimizer.param_groups[0]["lr"].fill_(args.dynamics_lr * cosine(update, args.dynamics_epochs * updates))
+    for update in tqdm(range(1, epochs * updates + 1), desc="dynamics", disable=None):
+        optimizer.param_groups[0]["lr"].fill_(args.dynamics_lr * cosine(update, epochs * updates))
         step()
         if update % updates == 0:
             error = held_out_errors().square().mean((1, 2))  # (pool,)

@@ -101,8 +101,16 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
     "belief": (
         range(1, 4),
         {
-            f"{data}, {reading}{rows}": (reading + rows, ["--env-id", f"hopper-{data}-v2", *QUICK])
-            for data, rows in (("medium", ""), ("random", ""), ("medium-replay", ""), ("medium", ":20000"))
+            f"{data}, {reading}{rows}": (
+                reading + rows,
+                ["--env-id", f"hopper-{data}-v2", *QUICK, "--dynamics-epochs", epochs],
+            )
+            for data, rows, epochs in (  # few rows: as many updates of the models all the same
+                ("medium", "", "12"),
+                ("medium-replay", "", "50"),
+                ("random", "", "12"),
+                ("medium", ":20000", "250"),
+            )
             for reading in ("uniform", "A", "B", "C")
         },
     ),
@@ -170,8 +178,14 @@ def run(variant: str, pools: Path, flags: list[str]) -> None:
         arrays, source, spec = load(args)
         return {key: column[: int(rows)] for key, column in arrays.items()}, f"{source}, its first {rows} rows", spec
 
-    load, (reading, _, rows) = pspo.load_arrays, variant.partition(":")
-    pspo.load_arrays = cut if rows else load
+    def plot(path: Path, args: pspo.Args, data: pspo.Dataset, learner: PSPO, *rest) -> None:
+        draw(path, args, data, learner, *rest)
+        number = dict(figure3=scipy.stats.spearmanr(*learner.target_and_uncertainty()).statistic)
+        result = path.with_name("result.json")
+        result.write_text(json.dumps(json.loads(result.read_text()) | number, indent=2) + "\n")
+
+    draw, load, (reading, _, rows) = pspo.plot, pspo.load_arrays, variant.partition(":")
+    pspo.load_arrays, pspo.plot = cut if rows else load, plot
     pspo.train_dynamics, pspo.PSPO, sys.argv = cached, VARIANTS[reading], ["pspo.py", *flags]
     pspo.main()
 
@@ -196,24 +210,38 @@ def launch(job: tuple[str, list[str], Path]) -> None:
 
 def interval(x: list[float]) -> str:
     """Mean ± half-width of Student's 95% interval over seeds."""
+    digits = 2 if max(x) < 2 else 1
     if len(x) < 2:
-        return f"{x[0]:.1f}"
-    return f"{np.mean(x):.1f} ± {scipy.stats.sem(x) * scipy.stats.t.ppf(0.975, len(x) - 1):.1f}"
+        return f"{x[0]:.{digits}f}"
+    return f"{np.mean(x):.{digits}f} ± {scipy.stats.sem(x) * scipy.stats.t.ppf(0.975, len(x) - 1):.{digits}f}"
 
 
 def table(results: dict[str, list[Path]]) -> str:
     """One row for each variant: its last policies' scores, and what the run looked like from inside."""
-    lines = ["| variant | seeds | score | each seed | sampled actions | last third, worst | largest weight | minutes |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    names = [
+        "variant",
+        "seeds",
+        "score",
+        "each seed",
+        "sampled actions",
+        "last third, worst",
+        "return, last third: predicted; real",
+    ]
+    names += ["largest weight", "entropy", "Figure 3: Spearman", "minutes"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, paths in results.items():
         of_seeds = [json.loads(path.read_text()) for path in paths]
         logs = [np.genfromtxt(path.with_name("metrics.csv"), delimiter=",", names=True) for path in paths]
         key = "share_of_optimum" if "share_of_optimum" in of_seeds[0] else "score"
         values = [result[key] * (100 if key == "share_of_optimum" else 1) for result in of_seeds]
-        late = min(log["evalscore"][-max(1, len(log) // 3) :].min() for log in logs)
+        late = [log[-max(1, len(log) // 3) :] for log in logs]
         cells = [name, ", ".join(str(result["args"]["seed"]) for result in of_seeds), interval(values)]
         cells += [", ".join(f"{x:.1f}" for x in values), interval([result["sampled"]["score"] for result in of_seeds])]
-        cells += [f"{late:.1f}", f"{np.mean([log['posteriorlargest'][-1] for log in logs]):.2f}"]
+        cells += [f"{min(log['evalscore'].min() for log in late):.1f}"]
+        returns = [np.mean([log[f"eval{x}return"].mean() for log in late]) for x in ("predicted_", "")]
+        cells += [f"{returns[0]:,.0f}; {returns[1]:,.0f}"]
+        cells += [f"{np.mean([log[f'posterior{x}'][-1] for log in logs]):.2f}" for x in ("largest", "entropy")]
+        cells += [interval([result["figure3"] for result in of_seeds])]
         cells += [f"{np.mean([result['minutes'] for result in of_seeds]):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

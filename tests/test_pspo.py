@@ -127,6 +127,17 @@ def test_training_of_the_pool_is_maximum_likelihood(known_rule, seed, exact, mon
     assert report["explained_worst"] == pytest.approx(explained.amin(0).tolist(), abs=1e-7)
 
 
+@pytest.mark.parametrize("rows, passes", [(20, 200), (2_000, 50_000 // (1_799 // 4))])
+def test_few_rows_get_many_passes(rows, passes, monkeypatch):
+    """--dynamics-epochs 0, as --quick has it: 50,000 updates in whole passes over the rows not held out, or 200."""
+    monkeypatch.setattr(pspo, "fast", lambda *_: lambda: None)
+    seen, held_out = [], rows // 10 + 1
+    monkeypatch.setattr(pspo, "cosine", lambda update, updates: seen.append((update, updates)) or 1.0)
+    pspo.train_dynamics(pspo.Args(**TINY | dict(dynamics_batch=4, dynamics_epochs=0)), toy(rows), first_above)
+    total = passes * ((rows - held_out) // 4)
+    assert seen[0] == (1, total) and seen[-1] == (total, total) and len(seen) == total
+
+
 def test_behaviour_cloning_is_maximum_likelihood(exact, monkeypatch):
     """clone_behaviour: three Adam steps of −log μ at atanh(a); then π, π_i and the average start at μ."""
     args, data = pspo.Args(**TINY | dict(behaviour_updates=3)), toy()
