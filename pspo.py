@@ -181,7 +181,7 @@ def policy_objective(q, alpha, kl_behaviour, eta, kl_previous) -> torch.Tensor:
 def projection_loss(q, log_weights, alpha, log_pi) -> torch.Tensor:
     """−E_{π*} log π with Theorem 1's π* ∝ μ exp(Q/α), self-normalised over M samples: (M, B) each → scalar.
 
-    It is KL(π* ‖ π) up to a constant. Eq. (9) is −α KL(π ‖ π*), whose gradient dies where tanh is flat.
+    It is KL(π* ‖ π) up to a constant. Eq. (9) is −α KL(π ‖ π*), where a clipped action has no gradient.
     """
     return -((q / alpha + log_weights).softmax(0) * log_pi).sum(0).mean()
 
@@ -192,7 +192,7 @@ def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
 
 
 def gaussian_kl(mean_p, log_std_p, mean_q, log_std_q) -> torch.Tensor:
-    """KL(p ‖ q) of diagonal Gaussians, (..., act) → (...). The same after a tanh of both: it is invertible."""
+    """KL(p ‖ q) of diagonal Gaussians, (..., act) → (...). The same after a tanh; clipped, at most this."""
     ratio = (2 * (log_std_p - log_std_q)).exp()
     return 0.5 * (ratio + ((mean_p - mean_q) * (-log_std_q).exp()).square() - 1 - ratio.log()).sum(-1)
 
@@ -292,7 +292,7 @@ class Dynamics(nn.Module):
 
 
 class Actor(nn.Module):
-    """A diagonal Gaussian over u, the action is tanh(u). (B, obs) → mean and log-std of u, each (B, act)."""
+    """A diagonal Gaussian over u; the action is u, clipped. (B, obs) → mean and log-std of u, each (B, act)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
@@ -304,16 +304,16 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, std: float = 0.0) -> np.ndarray:
-        """tanh of the mean, or with std = 1 of a sample: (B, obs) → (B, act) in [-1, 1]."""
+        """The mean, or with std = 1 a sample, clipped: (B, obs) → (B, act) in [-1, 1]."""
         mean, log_std = self(torch.as_tensor(obs, dtype=torch.float32, device=self.net.mean.device))
         noise = std * log_std.exp() * torch.randn_like(mean) if std else 0.0
-        return (mean + noise).tanh().cpu().numpy()
+        return (mean + noise).clamp(-1, 1).cpu().numpy()
 
     def file(self) -> dict:
-        """How to act from (obs − obs_mean) / obs_std: layers with ReLU between, mean and log-std, tanh of a sample."""
+        """How to act from (obs − obs_mean) / obs_std: layers with ReLU between, mean and log-std, clipped."""
         net = copy.deepcopy(self.net).cpu().requires_grad_(False)
         layers = [dict(weight=w[0], bias=b[0, 0]) for w, b in zip(net.weights, net.biases, strict=True)]
-        squash = dict(activation="relu", tanh="sample", log_std="head", log_std_range=[-5.0, 2.0])
+        squash = dict(activation="relu", tanh="none", log_std="head", log_std_range=[-5.0, 2.0])
         return dict(layers=layers, obs_mean=net.mean, obs_std=net.std) | squash
 
 
@@ -484,8 +484,7 @@ class PSPO(nn.Module):
 
         def learn() -> torch.Tensor:
             rows = torch.randint(len(data["actions"]), (args.batch_size,), device=self.device)
-            u = data["actions"][rows].clamp(-0.97, 0.97).atanh()  # many are at a bound
-            loss = -gaussian_log_prob(u, *self.behaviour(data["observations"][rows])).mean()
+            loss = -gaussian_log_prob(data["actions"][rows], *self.behaviour(data["observations"][rows])).mean()
             minimise(optimizer, loss)
             return loss.detach()
 
@@ -546,8 +545,8 @@ class PSPO(nn.Module):
         return value.clamp(*self.value_bounds).view(shape)
 
     def q_value(self, critic: Critic, obs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The smaller of the twin critics at action tanh(u): (B, obs), (M, B, act) → (M, B)."""
-        flat = critic(obs.repeat(len(u), 1), u.tanh().reshape(-1, u.shape[-1]))  # (2, M * B)
+        """The smaller of the twin critics at action u, clipped: (B, obs), (M, B, act) → (M, B)."""
+        flat = critic(obs.repeat(len(u), 1), u.clamp(-1, 1).reshape(-1, u.shape[-1]))  # (2, M * B)
         return flat.amin(0).view(len(u), len(obs))
 
     def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -569,7 +568,7 @@ class PSPO(nn.Module):
             pi_mean, pi_log_std = self.actor(self.rollout_obs)
             noise = torch.randn_like(pi_mean)
             noise[::2] = 0  # half of the rollouts act by π's mean, which is what is evaluated
-            rollout_action = (pi_mean + pi_log_std.exp() * noise).tanh()
+            rollout_action = (pi_mean + pi_log_std.exp() * noise).clamp(-1, 1)
             rollout_reward, rollout_next, rollout_end = self.rollout(rollout_action)
             next_value = self.value(rollout_next)
             model_target = bellman_target(rollout_reward / self.reward_scale, rollout_end, next_value, args.gamma)
@@ -640,7 +639,7 @@ class PSPO(nn.Module):
         rows, belief = torch.arange(len(obs), device=obs.device), self.log_belief()
         for _ in range(steps):
             member = sample_models(belief, (len(obs),))
-            mean, std, log_odds = (x[member, rows] for x in self.active(obs, self.average(obs)[0].tanh()))
+            mean, std, log_odds = (x[member, rows] for x in self.active(obs, self.average(obs)[0].clamp(-1, 1)))
             reward, obs, terminal = self.active.next(mean, std, log_odds, torch.randn_like(mean))
             total += alive * reward
             alive *= ~terminal
@@ -651,14 +650,15 @@ class PSPO(nn.Module):
     @torch.no_grad()
     def start_value(self, obs: torch.Tensor) -> float:
         """The critic's value of the average policy at first states (B, obs), in the data's unit of reward."""
-        return (self.critic(obs, self.average(obs)[0].tanh()).amin(0).mean() * self.reward_scale).item()
+        return (self.critic(obs, self.average(obs)[0].clamp(-1, 1)).amin(0).mean() * self.reward_scale).item()
 
     @torch.no_grad()
     def target_and_uncertainty(self, num_states: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
         """Figure 3: mean and std over P of the models' targets, s from the data, a ~ π: (num_states,) each."""
         obs = self.data["observations"][torch.randint(len(self.data["rewards"]), (num_states,), device=self.device)]
         pi_mean, pi_log_std = self.actor(obs)
-        target = self.model_targets(obs, (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh())  # (N, n)
+        action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).clamp(-1, 1)
+        target = self.model_targets(obs, action)  # (N, n)
         belief = self.log_belief().exp()[:, None]
         average = (belief * target).sum(0)
         return average.cpu(), (belief * (target - average).square()).sum(0).sqrt().cpu()

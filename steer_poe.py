@@ -144,7 +144,7 @@ def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
 
 
 def gaussian_kl(mean_p, log_std_p, mean_q, log_std_q) -> torch.Tensor:
-    """KL(p ‖ q) of diagonal Gaussians, (..., act) → (...). The same after a tanh of both: it is invertible."""
+    """KL(p ‖ q) of diagonal Gaussians, (..., act) → (...). The same after a tanh; clipped, at most this."""
     ratio = (2 * (log_std_p - log_std_q)).exp()
     return 0.5 * (ratio + ((mean_p - mean_q) * (-log_std_q).exp()).square() - 1 - ratio.log()).sum(-1)
 

@@ -33,12 +33,14 @@ pspo: torch.cat([self.q_value(self.critic, ⇒ torch.cat([self.q_value(self.targ
 pspo: loss = loss + alpha * projection_loss ⇒ loss = loss + projection_loss
 pspo: if args.regularization:  # beside ⇒ if False:  # beside
 pspo: self.q_value(self.target_critic, obs, u), log_weights ⇒ self.q_value(self.critic, obs, u), log_weights
-pspo: rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).tanh() ⇒ rollout_action = (pi_mean + 0 * torch.randn_like(pi_mean)).tanh()
+pspo: rollout_action = (pi_mean + pi_log_std.exp() * noise) ⇒ rollout_action = (pi_mean + 0 * noise)
 pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sampled.next(mean, 0 * std, log_odds, torch.randn_like(mean))
 pspo: held_out, train = order[:num_held_out], order[num_held_out:] ⇒ held_out, train = order[:num_held_out], order
 pspo: noise = torch.randn_like(mean[0]) ⇒ noise = torch.randn_like(mean)
 pspo: next_value = self.value(next_obs, len(mean)) ⇒ next_value = self.value(next_obs)
-pspo: .clamp(-0.97, 0.97) ⇒ .clamp(-0.999, 0.999)
+pspo: u.clamp(-1, 1).reshape ⇒ u.reshape
+pspo: noise).clamp(-1, 1) ⇒ noise)
+pspo: min(200, max(1, 50_000 // updates)) ⇒ min(200, max(1, 60_000 // updates))
 pspo: noise[::2] = 0 ⇒ noise[1::2] = 0
 pspo: rollout_end | outside | ⇒ rollout_end |
 pspo: & (low < high)).any(-1) ⇒ ).any(-1)

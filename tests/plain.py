@@ -136,7 +136,7 @@ class PSPO:
         return [network(self.state, f"{name}.net", x, activation, twin)[0] for twin in range(2)]
 
     def smaller_q(self, name, obs, u):
-        return min(self.q(name, obs, u.tanh()))
+        return min(self.q(name, obs, u.clamp(-1, 1)))
 
     def value(self, obs, noise):
         """V of Eq. (8) in one state, noise (M, act)."""
@@ -210,7 +210,7 @@ class PSPO:
         noise, belief, arrivals = self.take("randn", half, self.act), self.belief(), []
         for i in range(half):
             mean, log_std = self.policy("actor", state["rollout_obs"][i])
-            actions.append((mean + log_std.exp() * noise[i] * (i % 2)).tanh())
+            actions.append((mean + log_std.exp() * noise[i] * (i % 2)).clamp(-1, 1))
         exponential = self.take("exponential_", 2, args.active_models)
         models = [max(range(len(belief)), key=lambda n: belief[n] / exponential[g, n]) for g in range(2)]
         for name in state:
@@ -377,8 +377,7 @@ def clone_behaviour(state, args, data, tape):
             total = 0
             for row in rows:
                 mean, log_std = network(state, "behaviour.net", data["observations"][row], relu).chunk(2)
-                u = torch.tensor([math.atanh(max(min(float(a), 0.97), -0.97)) for a in data["actions"][row]])
-                total = total - log_normal(u, mean, log_std.clamp(-5, 2)) / args.batch_size
+                total = total - log_normal(data["actions"][row], mean, log_std.clamp(-5, 2)) / args.batch_size
             return total
 
         adam.step(state, loss, 5e-3 * (1 + math.cos(math.pi * update / args.behaviour_updates)) / 2)
