@@ -257,6 +257,19 @@ def test_gaussian_kl_is_unchanged_by_tanh():
     assert total == pytest.approx(pspo.gaussian_kl(*p, *q).item(), abs=1e-3)
 
 
+def test_gaussian_kl_bounds_that_of_clipped_actions():
+    """Clipping to [−1, 1] can only lose information: its density inside and its mass on both bounds, per dimension."""
+    p, q = (torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in gaussian_pair())
+    edges, one = torch.linspace(-1, 1, 400_001, dtype=F64)[:, None], torch.ones(1, dtype=F64)
+    u = (edges[1:] + edges[:-1]) / 2
+    log_p, log_q = p.log_prob(u), q.log_prob(u)
+    clipped = 2 * (log_p.exp() * (log_p - log_q)).mean(0)
+    for p_mass, q_mass in ((p.cdf(-one), q.cdf(-one)), (1 - p.cdf(one), 1 - q.cdf(one))):
+        clipped = clipped + p_mass * (p_mass / q_mass).log()
+    free = torch.distributions.kl_divergence(p, q)
+    assert (clipped > 0).all() and (clipped < free - 1e-3).all()
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_beta_nll_is_a_weighted_likelihood(beta):
     """β = 0: −log N up to log √2π; β > 0: each term, hence each gradient, times σ^2β, not differentiated itself."""
