@@ -101,16 +101,8 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
     "belief": (
         range(1, 4),
         {
-            f"{data}, {reading}{rows}": (
-                reading + rows,
-                ["--env-id", f"hopper-{data}-v2", *QUICK, "--dynamics-epochs", epochs],
-            )
-            for data, rows, epochs in (  # few rows: as many updates of the models all the same
-                ("medium", "", "12"),
-                ("medium-replay", "", "50"),
-                ("random", "", "12"),
-                ("medium", ":20000", "250"),
-            )
+            f"{data}, {reading}{rows}": (reading + rows, ["--env-id", f"hopper-{data}-v2", *QUICK])
+            for data, rows in (("medium", ""), ("random", ""), ("medium-replay", ""), ("medium", ":20000"))
             for reading in ("uniform", "A", "B", "C")
         },
     ),
@@ -218,17 +210,11 @@ def interval(x: list[float]) -> str:
 
 def table(results: dict[str, list[Path]]) -> str:
     """One row for each variant: its last policies' scores, and what the run looked like from inside."""
-    names = [
-        "variant",
-        "seeds",
-        "score",
-        "each seed",
-        "sampled actions",
-        "last third, worst",
-        "return, last third: predicted; real",
+    lines = [
+        "| variant | seeds | score | each seed | sampled actions | last third, worst | its predicted; real return "
     ]
-    names += ["largest weight", "entropy", "Figure 3: Spearman", "minutes"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines[0] += "| largest weight | entropy | Figure 3: Spearman | minutes |"
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, paths in results.items():
         of_seeds = [json.loads(path.read_text()) for path in paths]
         logs = [np.genfromtxt(path.with_name("metrics.csv"), delimiter=",", names=True) for path in paths]
