@@ -95,6 +95,7 @@ class Args:
     actor_lr: float = 3e-5  # cosine to zero over the iterations after the warm-up (PMDB; cosine: ours)
     critic_lr: float = 3e-4  # η_t of Eq. (6), cosine to zero (PMDB; cosine: ours)
     target_rate: float = 0.005  # Polyak rate of Q̄ (PMDB)
+    average_rate: float = 1e-5  # Polyak rate of the average of π's weights, which is evaluated and saved (PMDB)
     rollout_horizon: int = 1000  # steps after which a rollout starts again from a state of the data (PMDB)
     action_samples: int = 20  # actions for V of Eq. (8), half from μ, half from π; half as many for E_π Q (PMDB)
     alpha: float = 0.02  # α of Eq. (7) to begin with, in units of the reward's range (ours; PMDB 0.1)
@@ -120,14 +121,14 @@ SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=8,
         dynamics_lr=3e-3, hidden=128, layer_norm=False, actor_lr=1e-3, critic_lr=1e-3,
-        alpha=0.003, target_kl=2.0, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
+        average_rate=1e-3, alpha=0.003, target_kl=2.0, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
         rollout_horizon=20, action_samples=6, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
 }  # fmt: skip
 QUICK = dict(
     pool_size=5, active_models=5, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=0,
-    dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, iterations=20_000,
+    dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, average_rate=5e-4, iterations=20_000,
     warmup=10_000, behaviour_updates=10_000, action_samples=4, eval_every=2_000,
 )  # fmt: skip
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
@@ -175,6 +176,14 @@ def mixture_log_weights(u, mu_mean, mu_log_std, pi_mean, pi_log_std) -> torch.Te
 def policy_objective(q, alpha, kl_behaviour, eta, kl_previous) -> torch.Tensor:
     """Eq. (9) with its multiplier η (KKT): E_s[ E_π Q − α KL(π ‖ μ) − η KL(π ‖ π_i) ], (B,) each → scalar."""
     return (q - alpha * kl_behaviour - eta * kl_previous).mean()
+
+
+def projection_loss(q, log_weights, alpha, log_pi) -> torch.Tensor:
+    """−E_{π*} log π with Theorem 1's π* ∝ μ exp(Q/α), self-normalised over M samples: (M, B) each → scalar.
+
+    It is KL(π* ‖ π) up to a constant. Eq. (9) is −α KL(π ‖ π*), where a clipped action has no gradient.
+    """
+    return -((q / alpha + log_weights).softmax(0) * log_pi).sum(0).mean()
 
 
 def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
@@ -439,10 +448,10 @@ class PSPO(nn.Module):
         sizes = obs.shape[1], data["actions"].shape[1]
         rollouts = args.batch_size // 2
         self.groups = max(1, rollouts // self.GROUP)
-        self.behaviour, self.actor, self.previous = (Actor(*sizes, args.hidden) for _ in range(3))
+        self.behaviour, self.actor, self.previous, self.average = (Actor(*sizes, args.hidden) for _ in range(4))
         self.critic, self.target_critic = (Critic(*sizes, args.hidden, args.layer_norm) for _ in range(2))
         self.target_critic.load_state_dict(self.critic.state_dict())
-        for net in self.children():  # μ, π, π_i, Q, Q̄
+        for net in self.children():  # μ, π, π_i, the average of π, Q, Q̄
             net.net.mean[: obs.shape[1]] = obs.mean(0)
             net.net.std[: obs.shape[1]] = spread(obs)
         self.pool = pool
@@ -450,14 +459,14 @@ class PSPO(nn.Module):
         self.active, self.sampled = (Dynamics(n, *sizes, *shape) for n in (args.active_models, self.groups))
         for name, value in dict(
             members=torch.arange(args.active_models),  # which of the pool are active
-            evidence=torch.ones(args.pool_size),  # Δ of Eq. (3), a running average
+            evidence=torch.ones(args.pool_size), evidence_weight=torch.ones(args.pool_size),  # sums behind Δ
             rollout_obs=obs[torch.randint(len(obs), (rollouts,), device=obs.device)],
             rollout_age=torch.randint(args.rollout_horizon, (rollouts,)),  # so that not all end at once
             log_alpha=torch.tensor(math.log(args.alpha)), log_eta=torch.tensor(0.0), updates=torch.tensor(0),
         ).items():  # fmt: skip
             self.register_buffer(name, value)
         self.to(obs.device)
-        frozen = self.behaviour, self.previous, self.target_critic, self.active, self.sampled, self.pool
+        frozen = self.behaviour, self.previous, self.average, self.target_critic, self.active, self.sampled, self.pool
         for net in frozen:
             net.requires_grad_(False)
         # Rewards are divided by their range, not shifted: a shift would pay or punish staying alive.
@@ -484,7 +493,7 @@ class PSPO(nn.Module):
             optimizer.param_groups[0]["lr"].fill_(5e-3 * cosine(update, args.behaviour_updates))
             step()
         self.behaviour.requires_grad_(False)
-        for net in (self.actor, self.previous):
+        for net in (self.actor, self.previous, self.average):
             net.load_state_dict(self.behaviour.state_dict())
 
     def redraw(self) -> None:
@@ -494,7 +503,8 @@ class PSPO(nn.Module):
 
     def log_belief(self) -> torch.Tensor:
         """Eq. (4): log P over the active models, (N,). The unit of Δ is a tenth of its mean over the models (ours)."""
-        return posterior(self.evidence[self.members], 10 * self.args.likelihood_coef)
+        evidence = self.evidence[self.members] / self.evidence_weight[self.members]
+        return posterior(evidence, 10 * self.args.likelihood_coef)
 
     def model_targets(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Each active model's y of Eq. (6), its mean reward and one s'': (B, obs), (B, act) → (N, B).
@@ -508,10 +518,11 @@ class PSPO(nn.Module):
         return bellman_target(mean[..., 0] / self.reward_scale, terminal, next_value, self.args.gamma)
 
     def update_belief(self, obs, action, observed_target) -> None:
-        """Eq. (3) on observed transitions: (E, obs), (E, act), (E,) → the running average behind Eq. (4)."""
+        """Eq. (3) on observed transitions: (E, obs), (E, act), (E,) → the running averages behind Eq. (4)."""
         delta = model_evidence(self.model_targets(obs, action), observed_target)
         delta = delta / delta.mean().clamp(min=1e-30)  # the critic's scale drifts: average what is relative
-        self.evidence[self.members] = 0.98 * self.evidence[self.members] + 0.02 * delta
+        self.evidence[self.members] = 0.98 * self.evidence[self.members] + delta
+        self.evidence_weight[self.members] = 0.98 * self.evidence_weight[self.members] + 1
 
     def value(self, obs: torch.Tensor, copies: int = 1) -> torch.Tensor:
         """V(s) of Eq. (8) by importance sampling from the mixture of μ and π: (..., obs) → (...).
@@ -587,14 +598,23 @@ class PSPO(nn.Module):
         args = self.args
         pi_mean, pi_log_std = self.actor(obs)
         u = pi_mean + pi_log_std.exp() * torch.randn(args.action_samples // 2, *pi_mean.shape, device=obs.device)
-        q = self.q_value(self.critic, obs, u).mean(0)  # (B,)
-        kl_behaviour = gaussian_kl(pi_mean, pi_log_std, *self.behaviour(obs))
+        q, mu = self.q_value(self.critic, obs, u), self.behaviour(obs)  # (M/2, B)
+        kl_behaviour = gaussian_kl(pi_mean, pi_log_std, *mu)
         kl_previous = gaussian_kl(pi_mean, pi_log_std, *self.previous(obs))
         alpha = self.log_alpha.exp() if args.regularization else 0.0
-        objective = policy_objective(q, alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
+        objective = policy_objective(q.mean(0), alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
+        loss = -objective
+        if args.regularization:  # beside Eq. (9)'s KL(π ‖ π*), KL(π* ‖ π) on samples of μ and of π, as for V
+            with torch.no_grad():
+                u = torch.cat([mu[0] + mu[1].exp() * torch.randn_like(u), u])  # (M, B, act)
+                q = torch.cat([self.q_value(self.critic, obs, u[: len(q)]), q])
+                log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
+            log_pi = gaussian_log_prob(u, pi_mean, pi_log_std)
+            loss = loss + alpha * projection_loss(q, log_weights, alpha, log_pi)
         self.updates.add_(1)  # π is the next π_i once the trust region has had its updates
         follow(self.previous, self.actor, (self.updates % args.trust_region_every == 0).float())
-        minimise(self.actor_optimizer, -objective)
+        minimise(self.actor_optimizer, loss)
+        follow(self.average, self.actor, args.average_rate)
         with torch.no_grad():  # dual ascent: η grows while its constraint is violated, α while KL(π ‖ μ) is too large
             self.log_eta.add_(0.05 * (kl_previous.mean() / args.trust_region - 1).clamp(-1, 1)).clamp_(-6, 6)
             if args.target_kl and args.regularization:
@@ -614,12 +634,12 @@ class PSPO(nn.Module):
 
     @torch.no_grad()
     def predicted_return(self, obs: torch.Tensor, steps: int) -> torch.Tensor:
-        """Undiscounted return of π's mean action in the models from states (B, obs), Eq. (1): (B,)."""
+        """Undiscounted return of the average policy in the models from states (B, obs), Eq. (1): (B,)."""
         total, alive = torch.zeros_like(obs[:, 0]), torch.ones_like(obs[:, 0])
         rows, belief = torch.arange(len(obs), device=obs.device), self.log_belief()
         for _ in range(steps):
             member = sample_models(belief, (len(obs),))
-            mean, std, log_odds = (x[member, rows] for x in self.active(obs, self.actor(obs)[0].clamp(-1, 1)))
+            mean, std, log_odds = (x[member, rows] for x in self.active(obs, self.average(obs)[0].clamp(-1, 1)))
             reward, obs, terminal = self.active.next(mean, std, log_odds, torch.randn_like(mean))
             total += alive * reward
             alive *= ~terminal
@@ -629,8 +649,8 @@ class PSPO(nn.Module):
 
     @torch.no_grad()
     def start_value(self, obs: torch.Tensor) -> float:
-        """The critic's value of π's mean action at first states (B, obs), in the data's unit of reward."""
-        return (self.critic(obs, self.actor(obs)[0].clamp(-1, 1)).amin(0).mean() * self.reward_scale).item()
+        """The critic's value of the average policy at first states (B, obs), in the data's unit of reward."""
+        return (self.critic(obs, self.average(obs)[0].clamp(-1, 1)).amin(0).mean() * self.reward_scale).item()
 
     @torch.no_grad()
     def target_and_uncertainty(self, num_states: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1131,7 +1151,7 @@ def plot(path: Path, args: Args, data: Dataset, learner: PSPO, rows: list[dict],
     axes[2].scatter(uncertainty, target, s=4, alpha=0.4, linewidths=0)
     axes[2].set(xlabel="standard deviation over models", ylabel="target (reward ranges)", title="Figure 3")
     if liquidation:
-        liquidation_env.draw_boundary(axes[3], learner.actor.act, args.gamma)
+        liquidation_env.draw_boundary(axes[3], learner.average.act, args.gamma)
     for ax in axes[:3]:
         ax.locator_params("x", nbins=5)
     axes[0].legend(fontsize=7)
@@ -1188,7 +1208,7 @@ def main() -> None:
         if diverged(row, learner):
             sys.exit(f"iteration {iteration}: not finite any more: lower --critic-lr or --actor-lr")
         if env is not None:
-            first, returns = evaluate(learner.actor.act, env, args.eval_episodes, args.seed + 10_000)
+            first, returns = evaluate(learner.average.act, env, args.eval_episodes, args.seed + 10_000)
             first = torch.as_tensor(first[:1000], dtype=torch.float32, device=device)
             predicted = learner.predicted_return(first, env.spec.max_episode_steps or 1000)
             row |= {"eval/score": float(normalised_score(returns, task).mean()), "eval/return": float(returns.mean())}
@@ -1200,15 +1220,17 @@ def main() -> None:
 
     about = dict(script=Path(__file__).stem, env_id=args.env_id)  # docs/your_own.md has the lines that play it
     about |= dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
-    save(about | learner.actor.file(), run_dir / "actor.pt")
+    save(about | learner.average.file(), run_dir / "actor.pt")
     result = dict(dynamics=pool_report)
     if env is not None:
-        acts = dict(sampled=lambda obs: learner.actor.act(obs, std=1.0), clone=learner.behaviour.act)
+        acts = dict(
+            sampled=lambda obs: learner.average.act(obs, std=1.0), last=learner.actor.act, clone=learner.behaviour.act
+        )
         for name, act in acts.items():
             result[name] = summary(evaluate(act, env, args.final_episodes, args.seed + 20_000)[1], task)
         scores = ", ".join(f"{result[name]['score']:.1f}" for name in acts)
-        print(f"sampled actions; μ: {scores}")
-    others = report(args, data, env, learner.actor.act, result, run_dir, begun)
+        print(f"sampled actions, the last π instead of its average, μ: {scores}")
+    others = report(args, data, env, learner.average.act, result, run_dir, begun)
     plot(run_dir / "figure.png", args, data, learner, rows, others)
 
 

@@ -5,6 +5,7 @@
     python benchmark/pspo_study.py locomotion                # --quick on halfcheetah-medium-v2 and walker2d-medium-v2
     python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
     python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
+    python benchmark/pspo_study.py liquidation-ablations     # the same for liquidation
     python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
 
 A study can be stopped and called again: a run with a result.json is not run again, one with a checkpoint goes on. Runs
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest import mock
 
 import numpy as np
 import scipy.stats
@@ -79,7 +81,15 @@ class Rollout(Local):
         return tuple(x[drawn, rows] for x in step)
 
 
-VARIANTS = {"A": PSPO, "uniform": Uniform, "B": Local, "C": Rollout}
+class OneProjection(PSPO):
+    """Eq. (9) alone, without KL(π* ‖ π) beside it."""
+
+    def improve_policy(self, obs: torch.Tensor) -> list[torch.Tensor]:
+        with mock.patch.object(pspo, "projection_loss", lambda *_: 0.0):
+            return super().improve_policy(obs)
+
+
+VARIANTS = {"A": PSPO, "one": OneProjection, "uniform": Uniform, "B": Local, "C": Rollout}
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
@@ -96,6 +106,10 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
             for reading in ("uniform", "A", "B", "C")
         },
     ),
+    "liquidation-ablations": (
+        range(1, 4),
+        {"the recipe": ("A", []), "one projection": ("one", []), "no average": ("A", ["--average-rate", "1.0"])},
+    ),
     "ablations": (
         range(1, 4),
         {
@@ -104,12 +118,14 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
                 "the recipe": ("A", []),
                 "no warm-up": ("A", ["--warmup", "0"]),
                 "no layer norm": ("A", ["--no-layer-norm"]),
+                "one projection": ("one", []),
                 "γ 0.99": ("A", ["--gamma", "0.99"]),
                 "rollouts of 100": ("A", ["--rollout-horizon", "100"]),
                 "policy rate 2e-4": ("A", ["--actor-lr", "2e-4"]),
                 "ten models, 6 epochs": ("A", "--pool-size 10 --active-models 10 --dynamics-epochs 6".split()),
                 "μ by 3,000 updates": ("A", ["--behaviour-updates", "3000"]),
                 "KL 1.5": ("A", ["--target-kl", "1.5"]),
+                "no average": ("A", ["--average-rate", "1.0"]),
                 "no regularisation": ("A", ["--no-regularization"]),
             }.items()
         },
@@ -120,7 +136,8 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
 @dataclass
 class Args:
     study: Annotated[
-        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "poisoned"], tyro.conf.Positional
+        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "liquidation-ablations", "poisoned"],
+        tyro.conf.Positional,
     ]
     seeds: tuple[int, ...] = ()  # other seeds than the study's own
     only: tuple[str, ...] = ()  # only these variants, by the names in the table
@@ -232,7 +249,7 @@ def poisoned(seed: int, variant: str, iterations: int = 10_000) -> dict[str, flo
         share = pspo.cosine(iteration - args.warmup, iterations - args.warmup)
         learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
         learner.warm_up() if iteration <= args.warmup else learner.iterate()
-    first, returns = pspo.evaluate(learner.actor.act, env, 10_000, seed + 20_000)
+    first, returns = pspo.evaluate(learner.average.act, env, 10_000, seed + 20_000)
     mass = learner.log_belief().exp()[learner.members < 3].sum().item()
     value = learner.start_value(torch.as_tensor(first))
     return dict(mass=mass, value=value, true=float(returns.mean()), error=value / float(returns.mean()) - 1)

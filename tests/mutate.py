@@ -22,13 +22,16 @@ pspo: rollout_reward / self.reward_scale, rollout_end, next_value ⇒ rollout_re
 pspo: reward / self.reward_scale, terminal, self.value ⇒ reward, terminal, self.value
 pspo: rollout_reward / self.reward_scale ⇒ rollout_reward
 pspo: follow(self.target_critic, self.critic, args.target_rate) ⇒ pass
+pspo: follow(self.average, self.actor, args.average_rate) ⇒ pass
 pspo: self.log_alpha.add_(1e-3 * ⇒ self.log_alpha.add_(-1e-3 *
 pspo: self.log_eta.add_(0.05 * ⇒ self.log_eta.add_(-0.05 *
-pspo: *self.behaviour(obs)) ⇒ *self.previous(obs))
+pspo: q, mu = self.q_value(self.critic, obs, u), self.behaviour(obs) ⇒ q, mu = self.q_value(self.critic, obs, u), self.previous(obs)
 pspo: *self.previous(obs)) ⇒ *self.behaviour(obs))
 pspo: loss = (q - target).square().mean(1).sum() ⇒ loss = (q[:1] - target).square().mean(1).sum()
-pspo: q = self.q_value(self.critic, ⇒ q = self.q_value(self.target_critic,
-pspo: if args.target_kl and args.regularization: ⇒ if args.regularization:
+pspo: q, mu = self.q_value(self.critic, ⇒ q, mu = self.q_value(self.target_critic,
+pspo: torch.cat([self.q_value(self.critic, ⇒ torch.cat([self.q_value(self.target_critic,
+pspo: loss = loss + alpha * projection_loss ⇒ loss = loss + projection_loss
+pspo: if args.regularization:  # beside ⇒ if False:  # beside
 pspo: self.q_value(self.target_critic, obs, u), log_weights ⇒ self.q_value(self.critic, obs, u), log_weights
 pspo: rollout_action = (pi_mean + pi_log_std.exp() * noise) ⇒ rollout_action = (pi_mean + 0 * noise)
 pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sampled.next(mean, 0 * std, log_odds, torch.randn_like(mean))
@@ -60,7 +63,7 @@ pspo: weight[held_out] * (pool ⇒ (pool
 pspo: mean[..., 1:] + obs ⇒ mean[..., 1:]
 pspo: (-strength * excess) ⇒ (strength * excess)
 pspo: delta = delta / delta.mean().clamp(min=1e-30) ⇒ pass
-pspo: 0.98 * self.evidence[self.members] + 0.02 * delta ⇒ 0.98 * self.evidence[self.members] + delta
+pspo: 0.98 * self.evidence_weight[self.members] + 1 ⇒ 0.98 * self.evidence_weight[self.members]
 pspo: restart = rollout_end | ⇒ restart = False |
 pspo: torch.where(restart[:, None], data["observations"][rows], rollout_next) ⇒ rollout_next
 pspo: self.rollout_age.mul_(~restart) ⇒ pass

@@ -177,7 +177,7 @@ class PSPO:
 
     def belief(self):
         """Eq. (4)."""
-        delta = self.state["evidence"][self.state["members"]]
+        delta = [self.state["evidence"][m] / self.state["evidence_weight"][m] for m in self.state["members"]]
         weights = [(-10 * self.args.likelihood_coef * (d - min(delta))).exp() for d in delta]
         return torch.stack(weights) / sum(weights)
 
@@ -194,8 +194,9 @@ class PSPO:
                 error = self.target(mean[0], ended, next_obs, action_noise[:, i]) - observed[i]
                 delta[n] += error**2 / len(rows)
         for n, member in enumerate(members):
-            old, share = self.state["evidence"][member], delta[n] / (delta.sum() / len(delta))
-            self.state["evidence"][member] = 0.98 * old + 0.02 * share
+            old = self.state["evidence"][member], self.state["evidence_weight"][member]
+            self.state["evidence"][member] = 0.98 * old[0] + delta[n] / (delta.sum() / len(delta))
+            self.state["evidence_weight"][member] = 0.98 * old[1] + 1
 
     def evaluate(self):
         args, state, data, half = self.args, self.state, self.data, self.args.batch_size // 2
@@ -255,6 +256,8 @@ class PSPO:
         """Eq. (9)."""
         args, state, count = self.args, self.state, len(states)
         noise, seen = self.take("randn", args.action_samples // 2, count, self.act), {}
+        symmetric = args.regularization
+        from_mu = self.take("randn", args.action_samples // 2, count, self.act) if symmetric else []
         alpha, eta = state["log_alpha"].exp() * args.regularization, state["log_eta"].exp()
 
         def kl(p, other):
@@ -273,7 +276,24 @@ class PSPO:
                 seen[name] = sum(kl(p, other) for p, other in zip(policies, others, strict=True)) / count
             seen["log_std"] = sum(log_std.mean() for _, log_std in policies) / count
             seen["objective"] = q - alpha * seen["behaviour"] - eta * seen["previous"]
-            return -seen["objective"]
+            return -seen["objective"] + (alpha * projection(policies) if symmetric else 0.0)
+
+        def projection(policies):
+            """−E_{π*} log π, π* ∝ μ exp(Q/α), weighed over samples of μ and of π."""
+            total = 0.0
+            for i, (mean, log_std) in enumerate(policies):
+                mu, mu_log = self.policy("behaviour", states[i])
+                samples = [mu + mu_log.exp() * z for z in from_mu[:, i]]
+                samples = [u.detach() for u in samples + [mean + log_std.exp() * z for z in noise[:, i]]]
+                scores = []
+                for u in samples:
+                    of_mu, of_pi = log_normal(u, mu, mu_log).detach(), log_normal(u, mean, log_std).detach()
+                    density = (of_mu.exp() + of_pi.exp()) / 2
+                    q = self.smaller_q("critic", states[i], u).detach()
+                    scores.append((q / alpha).exp() * of_mu.exp() / density)
+                for score, u in zip(scores, samples, strict=True):
+                    total = total - score / sum(scores) * log_normal(u, mean, log_std) / count
+            return total
 
         before = {name: state[name].clone() for name in self.actor_adam.names}
         self.actor_adam.step(state, loss, args.actor_lr)
@@ -281,6 +301,8 @@ class PSPO:
         for name, old in before.items():
             if state["updates"] % args.trust_region_every == 0:
                 state[name.replace("actor", "previous")] = old
+            average = name.replace("actor", "average")
+            state[average] = (1 - args.average_rate) * state[average] + args.average_rate * state[name]
         for name, rate, budget in (("eta", 0.05, args.trust_region), ("alpha", 1e-3, args.target_kl)):
             if budget and (name == "eta" or args.regularization):
                 kl_now = seen["previous" if name == "eta" else "behaviour"].detach()
@@ -360,7 +382,7 @@ def clone_behaviour(state, args, data, tape):
 
         adam.step(state, loss, 5e-3 * (1 + math.cos(math.pi * update / args.behaviour_updates)) / 2)
     for name in adam.names:
-        state |= {name.replace("behaviour", other): state[name] for other in ("actor", "previous")}
+        state |= {name.replace("behaviour", other): state[name] for other in ("actor", "previous", "average")}
 
 
 class IQL:

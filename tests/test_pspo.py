@@ -48,7 +48,7 @@ def first_above(obs):
 
 TINY = dict(
     batch_size=8, hidden=5, pool_size=3, active_models=2, dynamics_hidden=4, dynamics_layers=2, evidence_rows=3,
-    action_samples=4, rollout_horizon=2, actor_lr=1e-2, critic_lr=2e-2, target_rate=0.1, alpha=0.3,
+    action_samples=4, rollout_horizon=2, actor_lr=1e-2, critic_lr=2e-2, target_rate=0.1, average_rate=0.2, alpha=0.3,
     trust_region_every=2, likelihood_coef=0.7, cuda=False,
 )  # fmt: skip
 
@@ -80,11 +80,11 @@ def test_iterations_are_the_equations(case, exact, monkeypatch):
     with tape.recording(monkeypatch):
         learner.redraw()
     assert learner.log_alpha.exp().item() == pytest.approx(0.3) and learner.log_eta == 0
-    assert torch.equal(learner.evidence, torch.ones(3))
+    assert torch.equal(learner.evidence, torch.ones(3)) and torch.equal(learner.evidence_weight, torch.ones(3))
     assert ((learner.rollout_obs[:, None] == data["observations"]).all(-1).any(1)).all()
     for one, other in zip(learner.critic.parameters(), learner.target_critic.parameters(), strict=True):
         assert torch.equal(one, other) and not other.requires_grad
-    for net in (learner.behaviour, learner.actor, learner.previous, learner.critic):
+    for net in (learner.behaviour, learner.actor, learner.previous, learner.average, learner.critic):
         assert torch.equal(net.net.mean[:OBS], data["observations"].mean(0)) and (net.net.mean[OBS:] == 0).all()
         assert torch.equal(net.net.std[:OBS], pspo.spread(data["observations"])) and (net.net.std[OBS:] == 1).all()
     learner.log_eta.fill_(log_eta)
@@ -139,11 +139,11 @@ def test_few_rows_get_many_passes(rows, passes, monkeypatch):
 
 
 def test_behaviour_cloning_is_maximum_likelihood(exact, monkeypatch):
-    """clone_behaviour: three Adam steps of −log μ(a); then π and π_i start at μ."""
+    """clone_behaviour: three Adam steps of −log μ(a); then π, π_i and the average start at μ."""
     args, data = pspo.Args(**TINY | dict(behaviour_updates=3)), toy()
     data["actions"][0] = torch.tensor([1.0, -1.0])
     learner, tape = pspo.PSPO(args, data, pspo.Dynamics(3, OBS, ACT, 4, 2, first_above)), plain.Tape()
-    assert any((a != b).any() for a, b in zip(learner.actor.parameters(), learner.previous.parameters(), strict=True))
+    assert any((a != b).any() for a, b in zip(learner.actor.parameters(), learner.average.parameters(), strict=True))
     state = copy.deepcopy(dict(learner.state_dict()))
     with tape.recording(monkeypatch):
         learner.clone_behaviour()
@@ -152,15 +152,15 @@ def test_behaviour_cloning_is_maximum_likelihood(exact, monkeypatch):
     plain.assert_same(learner, state)
 
 
-def test_main_warms_up_redraws_lowers_rates_and_evaluates_the_last_policy(tmp_path, monkeypatch):
+def test_main_warms_up_redraws_lowers_rates_and_evaluates_the_average(tmp_path, monkeypatch):
     """The loop of a run: critic alone, then all; N models anew every 1,000 iterations; both rates' cosines; rows of
-    means; what is evaluated, reported and saved is π as it is then."""
+    means; what is evaluated, reported and saved is the average of π."""
     seen, redrawn, asked, kept, redraw = [], [], [], [], pspo.PSPO.redraw
 
     def step(name):
         def stub(self):
             seen.append((name, *(float(optimizer.param_groups[0]["lr"]) for optimizer in self.optimizers)))
-            self.actor.net.biases[-1].data += 1e-4
+            self.average.net.biases[-1].data += 1e-4
             return torch.full((len(self.METRICS),), float(len(seen)))
 
         return stub
@@ -191,10 +191,11 @@ def test_main_warms_up_redraws_lowers_rates_and_evaluates_the_last_policy(tmp_pa
     learner, rows = kept
     assert [(row["iteration"], row["policy/eta"]) for row in rows] == [(700, 350.5), (1400, 1050.5), (2100, 1750.5)]
     assert all((row["eval/return"], row["eval/score"]) == (0.5, pytest.approx(50 / 135)) for row in rows)
-    last, mu = learner.actor, learner.behaviour
-    assert asked == [(last, 2, 10_003)] * 3 + [(policy, 4, 20_003) for policy in ("sampled", mu, last)]
+    average, last, mu = learner.average, learner.actor, learner.behaviour
+    final = [(policy, 4, 20_003) for policy in ("sampled", last, mu, average)]
+    assert asked == [(average, 2, 10_003)] * 3 + final
     saved = torch.load(next(tmp_path.iterdir()) / "actor.pt")
-    assert torch.equal(saved["layers"][-1]["bias"], last.net.biases[-1][0, 0])
+    assert torch.equal(saved["layers"][-1]["bias"], average.net.biases[-1][0, 0])
 
 
 # --- Equations as functions ---
@@ -521,7 +522,7 @@ def test_predicted_return_draws_a_model_at_every_step(small):
     variance = (belief * (reward - mean).square()).sum().item()
     starts = torch.tensor([0.0, 2.0]).repeat_interleave(50_000)[:, None].expand(-1, 3)
     long, short = learner.predicted_return(starts, 20).chunk(2)
-    torch.testing.assert_close(learner.active.asked[1], learner.actor(learner.active.asked[0])[0].clamp(-1, 1))
+    torch.testing.assert_close(learner.active.asked[1], learner.average(learner.active.asked[0])[0].clamp(-1, 1))
     assert long.mean().item() == pytest.approx(4 * mean.item(), abs=4 * (4 * variance / 50_000) ** 0.5)
     assert long.var().item() == pytest.approx(4 * variance, rel=0.05)
     assert short.mean().item() == pytest.approx(2 * mean.item(), rel=0.02)
@@ -537,12 +538,12 @@ def test_evidence_of_models_without_error_is_no_nan(small):
     assert learner.log_belief().exp().tolist() == pytest.approx([0.1] * 10)
 
 
-def test_what_figures_show_of_the_policy(small):
-    """start_value: the smaller critic at π's mean action, in the data's unit; target_and_uncertainty: mean
+def test_what_figures_show_of_the_average_policy(small):
+    """start_value: the smaller critic at the average's mean action, in the data's unit; target_and_uncertainty: mean
     and spread over P of the models' targets, here of rewards 0 to 9 alone."""
     learner = learner_of(small)
     obs = small[0]["observations"][:7]
-    q = learner.critic(obs, learner.actor(obs)[0].clamp(-1, 1))
+    q = learner.critic(obs, learner.average(obs)[0].clamp(-1, 1))
     expected = learner.reward_scale * q.min(0).values.mean().item()
     assert learner.start_value(obs) == pytest.approx(expected, rel=1e-5)
     learner.active, learner.value = DisagreeingModels(), lambda obs, copies: torch.zeros(obs.shape[:-1])
