@@ -56,12 +56,22 @@ class Local(Uniform):
         target = bellman_target(reward / self.reward_scale, terminal, next_value, self.args.gamma)
         return reward, next_obs, terminal, target
 
+    def draw(self, log_belief: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A model for every row from its own log P (B, N): indices (B,), (B,); what the log says of P is kept."""
+        self.seen = [-(log_belief.exp() * log_belief).sum(-1).mean(), log_belief.exp().amax(-1).mean()]
+        return sample_models(log_belief, log_belief.shape[:1]), torch.arange(len(log_belief), device=self.device)
+
     def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step in a model τ ~ P(· | s, a), drawn for every row."""
         *step, target = self.ask(action)
         delta = (target - self.target_critic(self.rollout_obs, action).amin(0)).abs()  # (N, B)
-        drawn = sample_models(posterior(delta.T, self.args.likelihood_coef), delta.shape[1:])  # (B,)
-        return tuple(x[drawn, torch.arange(len(drawn), device=self.device)] for x in step)
+        drawn, rows = self.draw(posterior(delta.T, self.args.likelihood_coef))
+        return tuple(x[drawn, rows] for x in step)
+
+    def evaluate_policy(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The logged entropy and largest weight are means over the rows' own beliefs."""
+        obs, metrics = super().evaluate_policy()
+        return obs, [*metrics[:-2], *self.seen]
 
 
 class Rollout(Local):
@@ -74,8 +84,8 @@ class Rollout(Local):
     def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step in a model drawn from each rollout's own belief, which then sees what came of it."""
         *step, target = self.ask(action)
-        prior = torch.where(self.rollout_age[:, None] == 0, 0.0, self.log_rollout)  # (B, N)
-        drawn, rows = sample_models(prior, prior.shape[:1]), torch.arange(len(action), device=self.device)
+        prior = torch.where(self.rollout_age[:, None] == 0, 0.0, self.log_rollout).log_softmax(-1)  # (B, N)
+        drawn, rows = self.draw(prior)
         delta = (target - target[drawn, rows]).abs()  # (N, B)
         self.log_rollout.copy_((prior - self.args.likelihood_coef * delta.T).log_softmax(-1))
         return tuple(x[drawn, rows] for x in step)
@@ -210,11 +220,9 @@ def interval(x: list[float]) -> str:
 
 def table(results: dict[str, list[Path]]) -> str:
     """One row for each variant: its last policies' scores, and what the run looked like from inside."""
-    lines = [
-        "| variant | seeds | score | each seed | sampled actions | last third, worst | its predicted; real return "
-    ]
-    lines[0] += "| largest weight | entropy | Figure 3: Spearman | minutes |"
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    head = "variant | seeds | score | each seed | sampled actions | last third, worst | its predicted; real return"
+    head += " | largest weight | entropy | Figure 3: Spearman | minutes"
+    lines = [f"| {head} |", "|---" * 11 + "|"]
     for name, paths in results.items():
         of_seeds = [json.loads(path.read_text()) for path in paths]
         logs = [np.genfromtxt(path.with_name("metrics.csv"), delimiter=",", names=True) for path in paths]
