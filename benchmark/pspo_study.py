@@ -5,7 +5,6 @@
     python benchmark/pspo_study.py locomotion                # --quick on halfcheetah-medium-v2 and walker2d-medium-v2
     python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
     python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
-    python benchmark/pspo_study.py liquidation-ablations     # the same for liquidation
     python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
 
 A study can be stopped and called again: a run with a result.json is not run again, one with a checkpoint goes on. Runs
@@ -116,10 +115,6 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
             for reading in ("uniform", "A", "B", "C")
         },
     ),
-    "liquidation-ablations": (
-        range(1, 4),
-        {"the recipe": ("A", []), "one projection": ("one", []), "no average": ("A", ["--average-rate", "1.0"])},
-    ),
     "ablations": (
         range(1, 4),
         {
@@ -146,8 +141,7 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
 @dataclass
 class Args:
     study: Annotated[
-        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "liquidation-ablations", "poisoned"],
-        tyro.conf.Positional,
+        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "poisoned"], tyro.conf.Positional
     ]
     seeds: tuple[int, ...] = ()  # other seeds than the study's own
     only: tuple[str, ...] = ()  # only these variants, by the names in the table

@@ -55,6 +55,8 @@ def test_a_plan_runs_what_is_missing_goes_on_and_counts_failures(tmp_path, monke
     stopped = fake_run(jobs[1].folder, "iql", "run", 1, 0.0)
     (stopped / "result.json").rename(stopped / "checkpoint.pt")
     assert jobs[1].command()[2:4] == ["--resume", str(stopped)]
+    args.compile = True
+    assert all("--compile" in job.command() and job.state() == "run" for job in reproduce.plan(args, "table1")[0])
 
 
 def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, capsys):
