@@ -782,7 +782,11 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
     """The evaluation environment with vectors as observations and actions in [-1, 1]; spec: Minari's."""
     if not args.eval_episodes:
         return None
-    warnings.filterwarnings("ignore", message=".*out of date.*")  # D4RL's data are of -v4's kind
+    warnings.filterwarnings("ignore", message=".*(out of date|settotalmass)")  # D4RL's data are of -v4's kind
+    if find_spec("mujoco"):  # it prints its warnings anew for every copy of an environment; Python's once
+        import mujoco
+
+        mujoco.set_mju_user_warning(warnings.warn)
     own = args.env_id if ":" in args.env_id or args.env_id in gym.registry else None
     env = gym.make(args.eval_env_id or spec or own or ENVS.get(task_of(args.env_id), args.env_id))
     if isinstance(env.observation_space, gym.spaces.Dict):

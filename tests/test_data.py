@@ -415,6 +415,14 @@ def test_environments_of_ones_own():
         del gym.registry["Odd-v0"]
 
 
+def test_mujoco_does_not_flood_the_terminal(tmp_path, monkeypatch, capfd):
+    """HalfCheetah's model makes MuJoCo warn once for every copy of it, on the terminal and in MUJOCO_LOG.TXT."""
+    monkeypatch.chdir(tmp_path)
+    env = iql.make_env(replace(ARGS, env_id="halfcheetah-medium-v2"))
+    gym.make_vec(env.spec, num_envs=3).close()
+    assert "".join(capfd.readouterr()) == "" and not list(tmp_path.iterdir())
+
+
 # --- Minari ---
 def minari_set(name, episodes, env, observe):
     import minari
