@@ -2,7 +2,6 @@
 
     python benchmark/pspo_study.py liquidation               # python pspo.py, seeds 1-5
     python benchmark/pspo_study.py hopper                    # --quick on hopper-medium-v2, seeds 1-5
-    python benchmark/pspo_study.py locomotion                # --quick on halfcheetah-medium-v2 and walker2d-medium-v2
     python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
     python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
     python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
@@ -103,10 +102,6 @@ QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
     "hopper": (range(1, 6), {"hopper-medium": ("A", ["--env-id", "hopper-medium-v2", *QUICK])}),
-    "locomotion": (
-        range(1, 4),
-        {f"{task}-medium": ("A", ["--env-id", f"{task}-medium-v2", *QUICK]) for task in ("halfcheetah", "walker2d")},
-    ),
     "belief": (
         range(1, 4),
         {
@@ -140,9 +135,7 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
 
 @dataclass
 class Args:
-    study: Annotated[
-        Literal["liquidation", "hopper", "locomotion", "belief", "ablations", "poisoned"], tyro.conf.Positional
-    ]
+    study: Annotated[Literal["liquidation", "hopper", "belief", "ablations", "poisoned"], tyro.conf.Positional]
     seeds: tuple[int, ...] = ()  # other seeds than the study's own
     only: tuple[str, ...] = ()  # only these variants, by the names in the table
     jobs: int = 2  # processes at a time, one thread each
