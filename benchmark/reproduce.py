@@ -43,7 +43,7 @@ class Args:
     levels: tuple[str, ...] = pspo.LEVELS  # of the D4RL tables
     seeds: tuple[int, ...] = (1, 2, 3)  # of every cell
     full: bool = False  # the papers' own sizes; wants a GPU
-    compile: bool = False  # the scripts' --compile: a third faster
+    compile: bool = False  # the scripts' --compile: a fifth to a third faster
     jobs: int = 2  # runs at a time, one thread each
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or Ray's
     runs_dir: Path = Path("runs/reproduce")  # where the runs lie

@@ -125,7 +125,7 @@ def test_paper_map(script):
 def test_budgets_and_what_the_readme_says_of_the_scripts():
     readme, docs = PAGES[0].read_text(), "".join(page.read_text() for page in PAGES[1:])
     sizes = [(len(x.splitlines()), len(re.findall(r"\S*\w\S*", x))) for x in (readme, docs)]
-    assert not (np.array(sizes) > [(90, 650), (870, 8000)]).any(), sizes
+    assert not (np.array(sizes) > [(90, 650), (850, 8000)]).any(), sizes
     table = re.findall(r"^\| \[`(\w+\.py)`\].*?\| ([\d,]+) \|.*lines (\d+)–(\d+) \|$", readme, re.MULTILINE)
     assert [name for name, *_ in table] == list(SCRIPTS)
     for name, count, start, end in table:
