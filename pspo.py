@@ -98,11 +98,9 @@ class Args:
     average_rate: float = 1e-5  # Polyak rate of the average of π's weights, which is evaluated and saved (PMDB)
     rollout_horizon: int = 1000  # steps after which a rollout starts again from a state of the data (PMDB)
     action_samples: int = 20  # actions for V of Eq. (8), half from μ, half from π; half as many for E_π Q (PMDB)
-    alpha: float = 0.02  # α of Eq. (7) to begin with, in units of the reward's range (ours; PMDB 0.1)
-    target_kl: float = 0.8  # α is adapted so that E KL(π ‖ μ) is about this (ours); 0: α stays
+    alpha: float = 0.3  # α of Eq. (7), in units of the reward's range (ours); 0: the ablation "Without Regularization"
     trust_region: float = 0.02  # ε of Eq. (9) (ours)
     trust_region_every: int = 50  # policy updates of one i of Eq. (9) (ours)
-    regularization: bool = True  # --no-regularization: the paper's ablation, α = 0
     behaviour_updates: int = 50_000  # of μ by maximum likelihood (ours)
     # Evaluation and running
     eval_every: int = 20_000  # iterations between evaluations, which are also the checkpoints
@@ -121,7 +119,7 @@ SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=8,
         dynamics_lr=3e-3, hidden=128, layer_norm=False, actor_lr=1e-3, critic_lr=1e-3,
-        average_rate=1e-3, alpha=0.003, target_kl=2.0, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
+        average_rate=1e-3, alpha=0.003, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
         rollout_horizon=20, action_samples=6, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
@@ -129,7 +127,7 @@ SETTINGS = {
 QUICK = dict(
     pool_size=5, active_models=5, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=0,
     dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, average_rate=5e-4, iterations=20_000,
-    warmup=10_000, behaviour_updates=10_000, action_samples=4, eval_every=2_000,
+    warmup=10_000, behaviour_updates=30_000, action_samples=4, eval_every=2_000,
 )  # fmt: skip
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
 
@@ -159,7 +157,7 @@ def bellman_target(reward, terminal, next_value, gamma: float) -> torch.Tensor:
     return reward + gamma * torch.where(terminal, torch.zeros_like(next_value), next_value)
 
 
-def soft_value(q: torch.Tensor, log_weights: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
+def soft_value(q: torch.Tensor, log_weights: torch.Tensor, alpha: float) -> torch.Tensor:
     """Eq. (8): V = α log Σ_j w_j exp(Q_j / α), (M, ...) → (...).
 
     For M actions drawn from ρ, log_weights is log( μ(a_j) / (M ρ(a_j)) ); for all actions of a finite set, log μ(a_j).
@@ -318,15 +316,20 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin critics, with layer normalisation or without. (B, obs), (B, act) → (2, B)."""
+    """Twin critics, with layer normalisation or without. (B, obs), (B, act), μ's mean and log-std there → (2, B).
+
+    They see the action as its distance from μ's mean in μ's standard deviations: where the data's actions are nearly
+    a function of the state, the action itself says more of the state than of what acting otherwise is worth.
+    """
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int, layer_norm: bool):
         super().__init__()
         self.net = MLP(2, [obs_dim + act_dim, hidden, hidden, 1])
         self.activation = (lambda h: torch.relu_(F.layer_norm(h, h.shape[-1:]))) if layer_norm else torch.relu_
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([obs, action], -1), self.activation).squeeze(-1)
+    def forward(self, obs: torch.Tensor, action: torch.Tensor, mu: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        deviation = ((action - mu[0]) * (-mu[1]).exp()).clamp(-5, 5)
+        return self.net(torch.cat([obs, deviation], -1), self.activation).squeeze(-1)
 
 
 def spread(x: torch.Tensor) -> torch.Tensor:
@@ -438,7 +441,7 @@ class PSPO(nn.Module):
     METRICS = (
         "critic/loss", "critic/q_data", "critic/q_model", "critic/target_max", "rollout/terminals",
         "posterior/entropy", "posterior/largest", "policy/objective", "policy/kl_behaviour", "policy/kl_previous",
-        "policy/eta", "policy/alpha", "policy/log_std",
+        "policy/eta", "policy/log_std",
     )  # fmt: skip
     GROUP = 32  # rollouts that share a model τ ~ P in a step
 
@@ -462,7 +465,7 @@ class PSPO(nn.Module):
             evidence=torch.ones(args.pool_size), evidence_weight=torch.ones(args.pool_size),  # sums behind Δ
             rollout_obs=obs[torch.randint(len(obs), (rollouts,), device=obs.device)],
             rollout_age=torch.randint(args.rollout_horizon, (rollouts,)),  # so that not all end at once
-            log_alpha=torch.tensor(math.log(args.alpha)), log_eta=torch.tensor(0.0), updates=torch.tensor(0),
+            log_eta=torch.tensor(0.0), updates=torch.tensor(0),
         ).items():  # fmt: skip
             self.register_buffer(name, value)
         self.to(obs.device)
@@ -534,20 +537,20 @@ class PSPO(nn.Module):
         pi_mean, pi_log_std = self.actor(obs)  # (B, act)
         noise = torch.randn(args.action_samples, len(obs) // copies, pi_mean.shape[-1], device=obs.device)
         noise = noise.repeat(1, copies, 1)  # (M, B, act)
-        if not args.regularization:  # α = 0: no μ, the plain policy evaluation of Eq. (5)
-            value = self.q_value(self.target_critic, obs, pi_mean + pi_log_std.exp() * noise).mean(0)
+        mu = self.behaviour(obs)
+        if not args.alpha:  # no μ: the plain policy evaluation of Eq. (5)
+            value = self.q_value(self.target_critic, obs, pi_mean + pi_log_std.exp() * noise, mu).mean(0)
             return value.clamp(*self.value_bounds).view(shape)
-        mu_mean, mu_log_std = self.behaviour(obs)
         from_mu, from_pi = noise.chunk(2)
-        u = torch.cat([mu_mean + mu_log_std.exp() * from_mu, pi_mean + pi_log_std.exp() * from_pi])
-        log_weights = mixture_log_weights(u, mu_mean, mu_log_std, pi_mean, pi_log_std)
-        value = soft_value(self.q_value(self.target_critic, obs, u), log_weights, self.log_alpha.exp())
+        u = torch.cat([mu[0] + mu[1].exp() * from_mu, pi_mean + pi_log_std.exp() * from_pi])
+        log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
+        value = soft_value(self.q_value(self.target_critic, obs, u, mu), log_weights, args.alpha)
         return value.clamp(*self.value_bounds).view(shape)
 
-    def q_value(self, critic: Critic, obs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """The smaller of the twin critics at action u, clipped: (B, obs), (M, B, act) → (M, B)."""
-        flat = critic(obs.repeat(len(u), 1), u.clamp(-1, 1).reshape(-1, u.shape[-1]))  # (2, M * B)
-        return flat.amin(0).view(len(u), len(obs))
+    def q_value(self, critic: Critic, obs, u, mu) -> torch.Tensor:
+        """The smaller of the twin critics at action u, clipped: (B, obs), (M, B, act), μ at obs → (M, B)."""
+        obs, mean, log_std = (x.repeat(len(u), 1) for x in (obs, *mu))  # (M * B, ...)
+        return critic(obs, u.clamp(-1, 1).flatten(0, 1), (mean, log_std)).amin(0).view(u.shape[:2])
 
     def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A step of all rollouts, each group in a model τ ~ P, Eq. (1): r (B,), s' (B, obs), terminal (B,)."""
@@ -575,7 +578,7 @@ class PSPO(nn.Module):
         obs, action = torch.cat([obs, self.rollout_obs]), torch.cat([action, rollout_action])
         target = torch.cat([data_target, model_target])  # (B,)
 
-        q = self.critic(obs, action)  # (2, B)
+        q = self.critic(obs, action, self.behaviour(obs))  # (2, B)
         loss = (q - target).square().mean(1).sum()  # Eq. (6) as a stochastic gradient step of both critics
         minimise(self.critic_optimizer, loss)
         follow(self.target_critic, self.critic, args.target_rate)
@@ -594,33 +597,30 @@ class PSPO(nn.Module):
             return obs, [*metrics, entropy, belief.max().exp()]
 
     def improve_policy(self, obs: torch.Tensor) -> list[torch.Tensor]:
-        """Eq. (9) at states (B, obs): a stochastic gradient step of π, then of the multipliers. Returns metrics."""
+        """Eq. (9) at states (B, obs): a stochastic gradient step of π, then of η. Returns metrics."""
         args = self.args
         pi_mean, pi_log_std = self.actor(obs)
         u = pi_mean + pi_log_std.exp() * torch.randn(args.action_samples // 2, *pi_mean.shape, device=obs.device)
-        q, mu = self.q_value(self.critic, obs, u), self.behaviour(obs)  # (M/2, B)
+        mu = self.behaviour(obs)
+        q = self.q_value(self.critic, obs, u, mu)  # (M/2, B)
         kl_behaviour = gaussian_kl(pi_mean, pi_log_std, *mu)
         kl_previous = gaussian_kl(pi_mean, pi_log_std, *self.previous(obs))
-        alpha = self.log_alpha.exp() if args.regularization else 0.0
-        objective = policy_objective(q.mean(0), alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
+        objective = policy_objective(q.mean(0), args.alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
         loss = -objective
-        if args.regularization:  # beside Eq. (9)'s KL(π ‖ π*), KL(π* ‖ π) on samples of μ and of π, as for V
+        if args.alpha:  # beside Eq. (9)'s KL(π ‖ π*), KL(π* ‖ π) on samples of μ and of π, as for V
             with torch.no_grad():
                 u = torch.cat([mu[0] + mu[1].exp() * torch.randn_like(u), u])  # (M, B, act)
-                q = torch.cat([self.q_value(self.critic, obs, u[: len(q)]), q])
+                q = torch.cat([self.q_value(self.critic, obs, u[: len(q)], mu), q])
                 log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
             log_pi = gaussian_log_prob(u, pi_mean, pi_log_std)
-            loss = loss + alpha * projection_loss(q, log_weights, alpha, log_pi)
+            loss = loss + args.alpha * projection_loss(q, log_weights, args.alpha, log_pi)
         self.updates.add_(1)  # π is the next π_i once the trust region has had its updates
         follow(self.previous, self.actor, (self.updates % args.trust_region_every == 0).float())
         minimise(self.actor_optimizer, loss)
         follow(self.average, self.actor, args.average_rate)
-        with torch.no_grad():  # dual ascent: η grows while its constraint is violated, α while KL(π ‖ μ) is too large
+        with torch.no_grad():  # dual ascent: η grows while its constraint is violated
             self.log_eta.add_(0.05 * (kl_previous.mean() / args.trust_region - 1).clamp(-1, 1)).clamp_(-6, 6)
-            if args.target_kl and args.regularization:
-                self.log_alpha.add_(1e-3 * (kl_behaviour.mean() / args.target_kl - 1).clamp(-1, 1))
-            multipliers = self.log_eta.exp(), self.log_alpha.exp()
-            return [objective, kl_behaviour.mean(), kl_previous.mean(), *multipliers, pi_log_std.mean()]
+            return [objective, kl_behaviour.mean(), kl_previous.mean(), self.log_eta.exp(), pi_log_std.mean()]
 
     def iterate(self) -> torch.Tensor:
         """One iteration: policy evaluation, policy improvement; returns METRICS, (M,)."""
@@ -650,7 +650,8 @@ class PSPO(nn.Module):
     @torch.no_grad()
     def start_value(self, obs: torch.Tensor) -> float:
         """The critic's value of the average policy at first states (B, obs), in the data's unit of reward."""
-        return (self.critic(obs, self.average(obs)[0].clamp(-1, 1)).amin(0).mean() * self.reward_scale).item()
+        q = self.q_value(self.critic, obs, self.average(obs)[0][None], self.behaviour(obs))
+        return (q.mean() * self.reward_scale).item()
 
     @torch.no_grad()
     def target_and_uncertainty(self, num_states: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,8 @@ class Local(Uniform):
     def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step in a model τ ~ P(· | s, a), drawn for every row."""
         *step, target = self.ask(action)
-        delta = (target - self.target_critic(self.rollout_obs, action).amin(0)).abs()  # (N, B)
+        q = self.target_critic(self.rollout_obs, action, self.behaviour(self.rollout_obs)).amin(0)
+        delta = (target - q).abs()  # (N, B)
         drawn, rows = self.draw(posterior(delta.T, self.args.likelihood_coef))
         return tuple(x[drawn, rows] for x in step)
 
@@ -97,7 +98,23 @@ class OneProjection(PSPO):
             return super().improve_policy(obs)
 
 
-VARIANTS = {"A": PSPO, "one": OneProjection, "uniform": Uniform, "B": Local, "C": Rollout}
+class RawCritic(pspo.Critic):
+    """Critics that see the action itself, not its distance from μ's mean in μ's standard deviations."""
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor, mu: tuple) -> torch.Tensor:
+        nought = torch.zeros_like(action)
+        return super().forward(obs, action, (nought, nought))
+
+
+class RawAction(PSPO):
+    """PSPO with such critics."""
+
+    def __init__(self, args: pspo.Args, data: dict[str, torch.Tensor], pool: pspo.Dynamics):
+        with mock.patch.object(pspo, "Critic", RawCritic):
+            super().__init__(args, data, pool)
+
+
+VARIANTS = {"A": PSPO, "one": OneProjection, "raw": RawAction, "uniform": Uniform, "B": Local, "C": Rollout}
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
@@ -119,14 +136,16 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
                 "no warm-up": ("A", ["--warmup", "0"]),
                 "no layer norm": ("A", ["--no-layer-norm"]),
                 "one projection": ("one", []),
+                "critics on (s, a)": ("raw", []),
+                "α 0.1": ("A", ["--alpha", "0.1"]),
                 "γ 0.99": ("A", ["--gamma", "0.99"]),
                 "rollouts of 100": ("A", ["--rollout-horizon", "100"]),
                 "policy rate 2e-4": ("A", ["--actor-lr", "2e-4"]),
                 "ten models, 6 epochs": ("A", "--pool-size 10 --active-models 10 --dynamics-epochs 6".split()),
-                "μ by 3,000 updates": ("A", ["--behaviour-updates", "3000"]),
-                "KL 1.5": ("A", ["--target-kl", "1.5"]),
+                "μ by 10,000 updates": ("A", ["--behaviour-updates", "10000"]),
+                "α 1": ("A", ["--alpha", "1"]),
                 "no average": ("A", ["--average-rate", "1.0"]),
-                "no regularisation": ("A", ["--no-regularization"]),
+                "no regularisation": ("A", ["--alpha", "0"]),
             }.items()
         },
     ),

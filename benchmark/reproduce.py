@@ -54,7 +54,7 @@ METHODS = {  # per table: column → script and its flags
     "table2": {"PSPO": ("pspo", ()), "PSPO, γ = 0.99": ("pspo", ("--gamma", "0.99")), "IQL": ("iql", ())},
     "table3": {
         "PSPO": ("pspo", ()), "without posterior": ("pspo", ("--likelihood-coef", "0")),
-        "without regularisation": ("pspo", ("--no-regularization",)),
+        "without regularisation": ("pspo", ("--alpha", "0")),
     },
     "iql": {"IQL": ("iql", ())},
     "steering": {goal: ("steer_poe", ("--goal", goal)) for goal in ("speed", "balanced", "energy")},

@@ -23,16 +23,17 @@ pspo: reward / self.reward_scale, terminal, self.value ⇒ reward, terminal, sel
 pspo: rollout_reward / self.reward_scale ⇒ rollout_reward
 pspo: follow(self.target_critic, self.critic, args.target_rate) ⇒ pass
 pspo: follow(self.average, self.actor, args.average_rate) ⇒ pass
-pspo: self.log_alpha.add_(1e-3 * ⇒ self.log_alpha.add_(-1e-3 *
 pspo: self.log_eta.add_(0.05 * ⇒ self.log_eta.add_(-0.05 *
-pspo: q, mu = self.q_value(self.critic, obs, u), self.behaviour(obs) ⇒ q, mu = self.q_value(self.critic, obs, u), self.previous(obs)
+pspo: gaussian_kl(pi_mean, pi_log_std, *mu) ⇒ gaussian_kl(pi_mean, pi_log_std, *self.previous(obs))
 pspo: *self.previous(obs)) ⇒ *self.behaviour(obs))
 pspo: loss = (q - target).square().mean(1).sum() ⇒ loss = (q[:1] - target).square().mean(1).sum()
-pspo: q, mu = self.q_value(self.critic, ⇒ q, mu = self.q_value(self.target_critic,
+pspo: q = self.q_value(self.critic, obs, u, mu)  # (M/2 ⇒ q = self.q_value(self.target_critic, obs, u, mu)  # (M/2
 pspo: torch.cat([self.q_value(self.critic, ⇒ torch.cat([self.q_value(self.target_critic,
-pspo: loss = loss + alpha * projection_loss ⇒ loss = loss + projection_loss
-pspo: if args.regularization:  # beside ⇒ if False:  # beside
-pspo: self.q_value(self.target_critic, obs, u), log_weights ⇒ self.q_value(self.critic, obs, u), log_weights
+pspo: loss = loss + args.alpha * projection_loss ⇒ loss = loss + projection_loss
+pspo: if args.alpha:  # beside ⇒ if False:  # beside
+pspo: self.q_value(self.target_critic, obs, u, mu), log_weights ⇒ self.q_value(self.critic, obs, u, mu), log_weights
+pspo: ((action - mu[0]) * (-mu[1]).exp()).clamp(-5, 5) ⇒ ((action - mu[0]) * (-mu[1]).exp())
+pspo: ((action - mu[0]) * (-mu[1]).exp()) ⇒ (action - mu[0])
 pspo: rollout_action = (pi_mean + pi_log_std.exp() * noise) ⇒ rollout_action = (pi_mean + 0 * noise)
 pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sampled.next(mean, 0 * std, log_odds, torch.randn_like(mean))
 pspo: held_out, train = order[:num_held_out], order[num_held_out:] ⇒ held_out, train = order[:num_held_out], order
@@ -73,8 +74,7 @@ pspo: torch.relu_(F.layer_norm(h, h.shape[-1:])) ⇒ torch.relu_(h)
 pspo: if layer_norm else torch.relu_ ⇒ if True else torch.relu_
 pspo: flat.amin(0) ⇒ flat.amax(0)
 pspo: if self.rule is None else self.rule(next_obs) ⇒ if self.rule is None else self.rule(sample[..., 1:])
-pspo: alpha = self.log_alpha.exp() if args.regularization else 0.0 ⇒ alpha = self.log_alpha.exp()
-pspo: if not args.regularization: ⇒ if False:
+pspo: if not args.alpha: ⇒ if False:
 pspo: low, high = data["next_observations"][known].amin(0) ⇒ low, high = data["next_observations"].amin(0)
 pspo: total += alive * reward ⇒ total += reward
 pspo: delta.mean().clamp(min=1e-30) ⇒ delta.mean()

@@ -132,7 +132,8 @@ class PSPO:
                 return relu(h)
             return relu((h - h.mean()) / ((h - h.mean()) ** 2).mean().add(1e-5).sqrt())
 
-        x = torch.cat([obs, action])
+        mean, log_std = self.policy("behaviour", obs)
+        x = torch.cat([obs, ((action - mean) / log_std.exp()).clamp(-5, 5)])
         return [network(self.state, f"{name}.net", x, activation, twin)[0] for twin in range(2)]
 
     def smaller_q(self, name, obs, u):
@@ -140,13 +141,13 @@ class PSPO:
 
     def value(self, obs, noise):
         """V of Eq. (8) in one state, noise (M, act)."""
-        state, half = self.state, len(noise) // 2
+        half = len(noise) // 2
         pi_mean, pi_log_std = self.policy("actor", obs)
-        if self.args.regularization:
+        if self.args.alpha:
             mean, log_std = self.policy("behaviour", obs)
             actions = [mean + log_std.exp() * z for z in noise[:half]]
             actions += [pi_mean + pi_log_std.exp() * z for z in noise[half:]]
-            alpha, total = state["log_alpha"].exp(), 0
+            alpha, total = self.args.alpha, 0
             for u in actions:
                 mu, pi = log_normal(u, mean, log_std).exp(), log_normal(u, pi_mean, pi_log_std).exp()
                 total += mu / (mu / 2 + pi / 2) / len(actions) * (self.smaller_q("target_critic", obs, u) / alpha).exp()
@@ -256,9 +257,9 @@ class PSPO:
         """Eq. (9)."""
         args, state, count = self.args, self.state, len(states)
         noise, seen = self.take("randn", args.action_samples // 2, count, self.act), {}
-        symmetric = args.regularization
+        symmetric = args.alpha > 0
         from_mu = self.take("randn", args.action_samples // 2, count, self.act) if symmetric else []
-        alpha, eta = state["log_alpha"].exp() * args.regularization, state["log_eta"].exp()
+        alpha, eta = args.alpha, state["log_eta"].exp()
 
         def kl(p, other):
             moments = zip(*p, *other, strict=True)
@@ -303,13 +304,10 @@ class PSPO:
                 state[name.replace("actor", "previous")] = old
             average = name.replace("actor", "average")
             state[average] = (1 - args.average_rate) * state[average] + args.average_rate * state[name]
-        for name, rate, budget in (("eta", 0.05, args.trust_region), ("alpha", 1e-3, args.target_kl)):
-            if budget and (name == "eta" or args.regularization):
-                kl_now = seen["previous" if name == "eta" else "behaviour"].detach()
-                state[f"log_{name}"] = state[f"log_{name}"] + rate * min(max(kl_now / budget - 1, -1), 1)
-        state["log_eta"] = state["log_eta"].clamp(-6, 6)
+        excess = seen["previous"].detach() / args.trust_region - 1
+        state["log_eta"] = (state["log_eta"] + 0.05 * min(max(excess, -1), 1)).clamp(-6, 6)
         metrics = {"objective": seen["objective"], "kl_behaviour": seen["behaviour"], "kl_previous": seen["previous"]}
-        metrics |= {"eta": state["log_eta"].exp(), "alpha": state["log_alpha"].exp(), "log_std": seen["log_std"]}
+        metrics |= {"eta": state["log_eta"].exp(), "log_std": seen["log_std"]}
         return {f"policy/{name}": value for name, value in metrics.items()}
 
 

@@ -57,10 +57,10 @@ TINY = dict(
 
 
 CASES = {  # settings, range of rewards, whether the task's rule is known, log η at the start
-    "as it is": (dict(gamma=0.9, target_kl=0.05, trust_region=0.15), (-1, 1), True, 0.0),
-    "end learnt": (dict(gamma=0.7, target_kl=50.0, trust_region=50.0, action_samples=2), (-2, -1), False, -5.9),
+    "as it is": (dict(gamma=0.9, trust_region=0.15), (-1, 1), True, 0.0),
+    "end learnt": (dict(gamma=0.7, trust_region=50.0, action_samples=2), (-2, -1), False, -5.9),
     "no layer norm": (dict(gamma=0.8, layer_norm=False, trust_region=0.15), (-1, 2), True, 0.0),
-    "no μ": (dict(gamma=1.0, target_kl=0.0, regularization=False), (1, 2), True, 5.9),
+    "no μ": (dict(gamma=1.0, alpha=0.0), (1, 2), True, 5.9),
 }  # fmt: skip
 
 
@@ -79,8 +79,11 @@ def test_iterations_are_the_equations(case, exact, monkeypatch):
     learner, tape = pspo.PSPO(args, data, pool), plain.Tape()
     with tape.recording(monkeypatch):
         learner.redraw()
-    assert learner.log_alpha.exp().item() == pytest.approx(0.3) and learner.log_eta == 0
-    assert torch.equal(learner.evidence, torch.ones(3)) and torch.equal(learner.evidence_weight, torch.ones(3))
+    assert (
+        learner.log_eta == 0
+        and torch.equal(learner.evidence, torch.ones(3))
+        and torch.equal(learner.evidence_weight, torch.ones(3))
+    )
     assert ((learner.rollout_obs[:, None] == data["observations"]).all(-1).any(1)).all()
     for one, other in zip(learner.critic.parameters(), learner.target_critic.parameters(), strict=True):
         assert torch.equal(one, other) and not other.requires_grad
@@ -335,7 +338,7 @@ def test_settings_and_scores_of_the_tables(monkeypatch):
         args = pspo.parse()
         assert (args.gamma, args.likelihood_coef, args.pool_size, args.active_models) == (0.99, 1.0, 100, 10)
         assert (args.hidden, args.batch_size, args.dynamics_epochs) == (256, 256, 1000)
-        assert args.dynamics_hidden == args.dynamics_batch == size and args.regularization
+        assert args.dynamics_hidden == args.dynamics_batch == size
     table_4 = dict(
         hopper=(-20.27, 3234.3), walker2d=(1.63, 4592.3), halfcheetah=(-280.18, 12135.0), liquidation=(0, 135)
     )
@@ -384,7 +387,7 @@ def test_actor_acts_by_its_mean_or_a_sample_and_so_does_its_file():
 SMALL = dict(
     env_id="liquidation", pool_size=10, active_models=10, dynamics_hidden=32, dynamics_layers=2, dynamics_epochs=15,
     dynamics_batch=256, dynamics_lr=3e-3, gamma=1.0, hidden=32, batch_size=64, evidence_rows=32, rollout_horizon=20,
-    behaviour_updates=200, action_samples=6, actor_lr=1e-3, alpha=0.003, target_kl=0.0, cuda=False,
+    behaviour_updates=200, action_samples=6, actor_lr=1e-3, alpha=0.003, cuda=False,
 )  # fmt: skip
 RULE = pspo.TERMINAL["liquidation"]
 
@@ -419,10 +422,22 @@ def test_models_explain_held_out_data(small):
     assert std[..., 3].mean().item() == pytest.approx(0.2, rel=0.1)
 
 
+@torch.no_grad()
+def test_critics_see_the_action_in_units_of_mu():
+    """Q depends on the action by (a − mean) / std of μ alone, within ±5."""
+    torch.manual_seed(0)
+    critic, obs, z = pspo.Critic(3, 2, 16, layer_norm=True), torch.randn(50, 3), torch.randn(50, 2)
+    q = critic(obs, z, (torch.zeros(50, 2), torch.zeros(50, 2)))
+    mean, log_std = torch.randn(50, 2), torch.randn(50, 2)
+    assert torch.allclose(critic(obs, mean + log_std.exp() * z, (mean, log_std)), q, atol=1e-5)
+    far = [critic(obs, mean + factor * log_std.exp(), (mean, log_std)) for factor in (3.0, 5.0, 50.0)]
+    assert torch.allclose(far[1], far[2], atol=1e-5) and (far[0] - far[1]).abs().mean() > 1e-3
+
+
 class QuadraticCritic(torch.nn.Module):
     """Q(s, a) = −0.8 (a − p)², p the state's price; the other twin is higher and must not be used."""
 
-    def forward(self, obs, action):
+    def forward(self, obs, action, mu):
         q = -0.8 * (action[:, 0] - obs[:, 2]).square()
         return torch.stack([q + 1, q])
 
@@ -467,7 +482,7 @@ def test_value_by_importance_sampling(small, alpha):
 @torch.no_grad()
 def test_value_without_regularization(small):
     """α = 0, Eq. (5): V = E_π Q, against quadrature."""
-    learner = value_learner(small, regularization=False, action_samples=200_000)
+    learner = value_learner(small, alpha=0.0, action_samples=200_000)
     value = learner.value(torch.tensor([[0.0, 0.0, 1.0]], dtype=F64)).item()
     u = torch.linspace(-4, 4, 80_001, dtype=F64)
     density = torch.distributions.Normal(*PI).log_prob(u).exp()
@@ -543,7 +558,7 @@ def test_what_figures_show_of_the_average_policy(small):
     and spread over P of the models' targets, here of rewards 0 to 9 alone."""
     learner = learner_of(small)
     obs = small[0]["observations"][:7]
-    q = learner.critic(obs, learner.average(obs)[0].clamp(-1, 1))
+    q = learner.critic(obs, learner.average(obs)[0].clamp(-1, 1), learner.behaviour(obs))
     expected = learner.reward_scale * q.min(0).values.mean().item()
     assert learner.start_value(obs) == pytest.approx(expected, rel=1e-5)
     learner.active, learner.value = DisagreeingModels(), lambda obs, copies: torch.zeros(obs.shape[:-1])
