@@ -119,7 +119,7 @@ SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=8,
         dynamics_lr=3e-3, hidden=128, layer_norm=False, actor_lr=1e-3, critic_lr=1e-3,
-        average_rate=1e-3, alpha=0.003, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
+        average_rate=1e-3, alpha=0.001, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
         rollout_horizon=20, action_samples=6, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper

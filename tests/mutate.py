@@ -39,7 +39,7 @@ pspo: self.sampled.next(mean, std, log_odds, torch.randn_like(mean)) ⇒ self.sa
 pspo: held_out, train = order[:num_held_out], order[num_held_out:] ⇒ held_out, train = order[:num_held_out], order
 pspo: noise = torch.randn_like(mean[0]) ⇒ noise = torch.randn_like(mean)
 pspo: next_value = self.value(next_obs, len(mean)) ⇒ next_value = self.value(next_obs)
-pspo: u.clamp(-1, 1).reshape ⇒ u.reshape
+pspo: u.clamp(-1, 1).flatten ⇒ u.flatten
 pspo: noise).clamp(-1, 1) ⇒ noise)
 pspo: min(200, max(1, 50_000 // updates)) ⇒ min(200, max(1, 60_000 // updates))
 pspo: noise[::2] = 0 ⇒ noise[1::2] = 0
@@ -72,7 +72,7 @@ pspo: weight_decay=7.5e-5 ⇒ weight_decay=0.0
 pspo: (2 * beta * log_std).exp().detach() ⇒ (2 * beta * log_std).exp()
 pspo: torch.relu_(F.layer_norm(h, h.shape[-1:])) ⇒ torch.relu_(h)
 pspo: if layer_norm else torch.relu_ ⇒ if True else torch.relu_
-pspo: flat.amin(0) ⇒ flat.amax(0)
+pspo: (mean, log_std)).amin(0) ⇒ (mean, log_std)).amax(0)
 pspo: if self.rule is None else self.rule(next_obs) ⇒ if self.rule is None else self.rule(sample[..., 1:])
 pspo: if not args.alpha: ⇒ if False:
 pspo: low, high = data["next_observations"][known].amin(0) ⇒ low, high = data["next_observations"].amin(0)
