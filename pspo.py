@@ -23,7 +23,7 @@ Most equations have one reading; where they have more, docs/pspo.md says which o
     (9)  π_{i+1} = argmax E_s[ E_π Q − α KL(π ‖ μ) ]  subject to  E_s KL(π ‖ π_i) ≤ ε   (η: its multiplier)
 
 Run it (minutes of one CPU core):
-    python pspo.py                                                   # liquidation, generated data: 6 minutes
+    python pspo.py                                                   # liquidation, generated data: 7 minutes
     python pspo.py --env-id hopper-medium-v2 --quick                 # a CPU-sized setting: 20 minutes
     python pspo.py --env-id hopper-medium-v2 --cuda                  # the paper's sizes; wants a GPU
     python pspo.py --env-id Pendulum-v1 --dataset-path mine.hdf5 --quick     # an environment and data of your own
