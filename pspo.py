@@ -547,7 +547,7 @@ class PSPO(nn.Module):
         value = soft_value(self.q_value(self.target_critic, obs, u, mu), log_weights, args.alpha)
         return value.clamp(*self.value_bounds).view(shape)
 
-    def q_value(self, critic: Critic, obs, u, mu) -> torch.Tensor:
+    def q_value(self, critic: Critic, obs: torch.Tensor, u: torch.Tensor, mu: tuple) -> torch.Tensor:
         """The smaller of the twin critics at action u, clipped: (B, obs), (M, B, act), μ at obs → (M, B)."""
         obs, mean, log_std = (x.repeat(len(u), 1) for x in (obs, *mu))  # (M * B, ...)
         return critic(obs, u.clamp(-1, 1).flatten(0, 1), (mean, log_std)).amin(0).view(u.shape[:2])

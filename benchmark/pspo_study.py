@@ -138,12 +138,12 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
                 "one projection": ("one", []),
                 "critics on (s, a)": ("raw", []),
                 "α 0.1": ("A", ["--alpha", "0.1"]),
+                "α 1": ("A", ["--alpha", "1"]),
                 "γ 0.99": ("A", ["--gamma", "0.99"]),
                 "rollouts of 100": ("A", ["--rollout-horizon", "100"]),
                 "policy rate 2e-4": ("A", ["--actor-lr", "2e-4"]),
                 "ten models, 6 epochs": ("A", "--pool-size 10 --active-models 10 --dynamics-epochs 6".split()),
                 "μ by 10,000 updates": ("A", ["--behaviour-updates", "10000"]),
-                "α 1": ("A", ["--alpha", "1"]),
                 "no average": ("A", ["--average-rate", "1.0"]),
                 "no regularisation": ("A", ["--alpha", "0"]),
             }.items()

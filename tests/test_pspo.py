@@ -79,11 +79,8 @@ def test_iterations_are_the_equations(case, exact, monkeypatch):
     learner, tape = pspo.PSPO(args, data, pool), plain.Tape()
     with tape.recording(monkeypatch):
         learner.redraw()
-    assert (
-        learner.log_eta == 0
-        and torch.equal(learner.evidence, torch.ones(3))
-        and torch.equal(learner.evidence_weight, torch.ones(3))
-    )
+    assert learner.log_eta == 0
+    assert torch.equal(learner.evidence, torch.ones(3)) and torch.equal(learner.evidence_weight, torch.ones(3))
     assert ((learner.rollout_obs[:, None] == data["observations"]).all(-1).any(1)).all()
     for one, other in zip(learner.critic.parameters(), learner.target_critic.parameters(), strict=True):
         assert torch.equal(one, other) and not other.requires_grad
@@ -338,7 +335,7 @@ def test_settings_and_scores_of_the_tables(monkeypatch):
         args = pspo.parse()
         assert (args.gamma, args.likelihood_coef, args.pool_size, args.active_models) == (0.99, 1.0, 100, 10)
         assert (args.hidden, args.batch_size, args.dynamics_epochs) == (256, 256, 1000)
-        assert args.dynamics_hidden == args.dynamics_batch == size
+        assert args.dynamics_hidden == args.dynamics_batch == size and args.alpha > 0
     table_4 = dict(
         hopper=(-20.27, 3234.3), walker2d=(1.63, 4592.3), halfcheetah=(-280.18, 12135.0), liquidation=(0, 135)
     )

@@ -342,8 +342,7 @@ CHANGES = {
         pool_size=4, active_models=3, dynamics_hidden=9, dynamics_layers=2, dynamics_batch=32, dynamics_epochs=2,
         dynamics_lr=0.1, learn_termination=True, likelihood_coef=0.0, evidence_rows=8, warmup=2, average_rate=0.5,
         rollout_horizon=2, action_samples=4, alpha=1.0, trust_region=1e-4, trust_region_every=2,
-        layer_norm=False,
-        behaviour_updates=3,
+        layer_norm=False, behaviour_updates=3,
     ),
 }  # fmt: skip
 RARE = dict(eval_every=1000)  # one evaluation, for speed; it may not come before a whole online episode
