@@ -111,7 +111,9 @@ class LiquidationEnv(gym.Env):
         return observation[0], float(reward[0]), bool(terminated[0]), False, {}
 
 
-gym.register("Liquidation-v0", LiquidationEnv, vector_entry_point=LiquidationVectorEnv)
+gym.register(
+    "Liquidation-v0", "liquidation_env:LiquidationEnv", vector_entry_point="liquidation_env:LiquidationVectorEnv"
+)
 
 
 @lru_cache

@@ -789,7 +789,7 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
 
         mujoco.set_mju_user_warning(warnings.warn)
     own = args.env_id if ":" in args.env_id or args.env_id in gym.registry else None
-    env = gym.make(args.eval_env_id or spec or own or ENVS.get(task_of(args.env_id), args.env_id))
+    env = gym.make(args.eval_env_id or own or spec or ENVS.get(task_of(args.env_id), args.env_id))
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     for name, space in dict(observations=env.observation_space, actions=env.action_space).items():
@@ -918,7 +918,7 @@ def doubts(data: Dataset, env: gym.Env | None, args: Args, spec) -> list[str]:
     if env is not None and spec is not None and spec.additional_wrappers:
         wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
         notes.append(f"the data were collected through the wrappers {wrappers}, whose state they do not hold")
-    if name == "Liquidation-v0" and args.dataset_path:
+    if name == "Liquidation-v0" and not env.spec.kwargs and args.dataset_path:
         notes += filter(None, [liquidation_env.market_warning(data.columns)])
     return notes
 
@@ -945,7 +945,8 @@ def evaluate(act: Callable, env: gym.Env, episodes: int, seed: int) -> tuple[np.
 
     act: (n, obs) → (n, act) in [-1, 1]. An environment without a time limit is cut at 1,000 steps.
     """
-    envs = gym.make_vec(env.spec, num_envs=episodes)
+    mode = "sync" if env.spec.additional_wrappers else None  # an environment's own vectorised form takes none
+    envs = gym.make_vec(env.spec, num_envs=episodes, vectorization_mode=mode)
     obs, _ = envs.reset(seed=seed)
     first, returns, alive = obs.copy(), np.zeros(episodes), np.ones(episodes, bool)
     for _ in range(env.spec.max_episode_steps or 1000):
@@ -1124,7 +1125,7 @@ def report(
         what = "score" if task in REFERENCE_RETURNS else "no reference scores, so its return:"
         print(f"{args.env_id}: {what} {result['score']:.1f} ± {result['score_ci95']:.1f}, ", end="")
         print(f"return {result['return']:.1f} ± {result['return_ci95']:.1f} of {len(returns)} episodes (95% interval)")
-        if env.spec.id == "Liquidation-v0":
+        if env.spec.id == "Liquidation-v0" and not env.spec.kwargs:  # the default market
             result |= liquidation_env.compare(returns, args.seed + 20_000, args.gamma)
             others["exact optimum"] = result["optimum_score"]
             share, ci = 100 * result["share_of_optimum"], 100 * result["share_of_optimum_ci95"]

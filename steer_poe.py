@@ -42,7 +42,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import gymnasium as gym
@@ -71,8 +70,9 @@ class Args:
     # The frozen actor and the goal
     actor: str = "bc"  # file (docs/your_own.md); bc: a clone of the data; awr: one weighted by the task's advantage
     goal: str = "speed"  # speed, balanced or energy; on liquidation certainty, balanced or upside
-    goal_weights: tuple[float, ...] = ()  # a goal of your own: weights of velocity, effort (mean squared action) and
-    # upright; on liquidation of revenue, early and premium; elsewhere of every observation column and the effort
+    # a goal of your own: weights of velocity, effort (mean squared action) and upright; on liquidation of revenue,
+    # early and premium; elsewhere of every observation column and the effort
+    goal_weights: tuple[float, ...] = ()
     # Steering
     rule: Literal["poe", "kl-reg", "additive"] = "poe"  # how actor and prior are composed
     alpha: float | Literal["budget"] = "budget"  # α in [0, 1); KL-Reg has β = α/(1−α); budget: the selector's
@@ -575,7 +575,7 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
 
         mujoco.set_mju_user_warning(warnings.warn)
     own = args.env_id if ":" in args.env_id or args.env_id in gym.registry else None
-    env = gym.make(args.eval_env_id or spec or own or ENVS.get(task_of(args.env_id), args.env_id))
+    env = gym.make(args.eval_env_id or own or spec or ENVS.get(task_of(args.env_id), args.env_id))
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     for name, space in dict(observations=env.observation_space, actions=env.action_space).items():
@@ -704,7 +704,7 @@ def doubts(data: Dataset, env: gym.Env | None, args: Args, spec) -> list[str]:
     if env is not None and spec is not None and spec.additional_wrappers:
         wrappers = ", ".join(wrapper.name for wrapper in spec.additional_wrappers)
         notes.append(f"the data were collected through the wrappers {wrappers}, whose state they do not hold")
-    if name == "Liquidation-v0" and args.dataset_path:
+    if name == "Liquidation-v0" and not env.spec.kwargs and args.dataset_path:
         notes += filter(None, [liquidation_env.market_warning(data.columns)])
     return notes
 
@@ -717,7 +717,8 @@ def play(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The goal's objectives (n,), weights · features summed over an episode, and returns (n,) of n episodes: the
     first of each copy after reset(seed), so that two policies are compared in pairs; cut at 1,000 steps at most."""
-    envs = gym.make_vec(env.spec, num_envs=episodes)
+    mode = "sync" if env.spec.additional_wrappers else None  # an environment's own vectorised form takes none
+    envs = gym.make_vec(env.spec, num_envs=episodes, vectorization_mode=mode)
     obs, _ = envs.reset(seed=seed)
     objectives, returns, alive = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, bool)
     for _ in range(env.spec.max_episode_steps or 1000):
@@ -770,8 +771,8 @@ def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
         reading = f"--actor {args.actor} (a file, bc or awr)"
         if args.actor not in ("bc", "awr"):
             content = torch.load(Path(args.actor).expanduser(), map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, UnpicklingError, gym.error.Error) as e:
-        sys.exit(f"{reading}: {type(e).__name__}: {(str(e).splitlines() or ['empty'])[0]}")
+    except Exception as error:  # of a file, a network, somebody's environment: there is no end of kinds
+        sys.exit(f"{reading}: {type(error).__name__}: {(str(error).splitlines() or ['empty'])[0]}")
     data = make_dataset(arrays, source, env)
     if not len(data.returns):
         sys.exit(f"{source}: {data.notes[0]}, of which a goal's advantage is made: store the rows in order")
@@ -811,8 +812,8 @@ def main() -> None:
     data, env, actor = prepare(args)
     obs = data.columns["observations"]
     task, weights = choose_goal(args, obs.shape[1])
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
-    run_dir = Path(args.runs_dir).expanduser() / name
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.runs_dir).expanduser() / name.replace("/", "_").replace(":", "_")
     while run_dir.exists():  # another run of the same second
         run_dir = run_dir.with_name(run_dir.name + "+")
     run_dir.mkdir(parents=True)

@@ -262,6 +262,7 @@ def poisoned(seed: int, variant: str, iterations: int = 10_000) -> dict[str, flo
     for iteration in range(1, iterations + 1):
         share = pspo.cosine(iteration - args.warmup, iterations - args.warmup)
         learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
+        learner.critic_optimizer.param_groups[0]["lr"].fill_(args.critic_lr * pspo.cosine(iteration, iterations))
         learner.warm_up() if iteration <= args.warmup else learner.iterate()
     first, returns = pspo.evaluate(learner.average.act, env, 10_000, seed + 20_000)
     mass = learner.log_belief().exp()[learner.members < 3].sum().item()

@@ -397,7 +397,7 @@ class Goal(gym.Env):
         return obs, float(action[0]), False, False, {}
 
 
-gym.register("Goal-v0", f"{__name__}:Goal")  # no time limit
+gym.register("Goal-v0", f"{__name__}:Goal", vector_entry_point="its:own")  # no time limit
 gym.register("Brief-v0", f"{__name__}:Goal", max_episode_steps=3)
 
 
@@ -407,6 +407,10 @@ def test_environments_of_ones_own():
     first, returns = iql.evaluate(lambda obs: np.full((len(obs), 1), 0.5, np.float32), env, 3, 0)
     assert (first[:, [0, 2]] == [1, 2]).all() and returns.tolist() == [1500] * 3  # cut at 1,000 steps
     assert iql.make_env(replace(ARGS, env_id="nowhere", eval_episodes=0)) is None
+    for name, found in {"Pendulum-v1": "Pendulum-v1", "mujoco/hopper/medium-v0": "Goal-v0"}.items():
+        assert (
+            iql.make_env(replace(ARGS, env_id=name), gym.spec("Goal-v0")).spec.id == found
+        )  # asked for, else Minari's
     assert "Discrete(2): only continuous" in refused(iql.make_env, replace(ARGS, env_id="CartPole-v1"))
     boxes = dict(action_space=Box(-np.inf, np.inf, (1,))), dict(observation_space=Box(0, 9, (8, 8)))
     for space, words in zip(boxes, ("actions bounded", "(8, 8)"), strict=True):

@@ -71,7 +71,9 @@ def test_bad_parameters_and_actions_are_refused():
 def test_gymnasium_checker_and_registration():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(gym.make("liquidation_env:Liquidation-v0", sigma=0.3).unwrapped)
+        env = gym.make("liquidation_env:Liquidation-v0", sigma=0.3)
+        check_env(env.unwrapped)
+        assert '"sigma": 0.3' in env.spec.to_json()  # as Minari keeps the environment of its data
         for mode, kind in [(None, liq.LiquidationVectorEnv), ("sync", gym.vector.SyncVectorEnv)]:
             parameters = {"vectorization_mode": mode, "sigma": 2.0, "initial_price_std": 2.0, "horizon": 7}
             envs = gym.make_vec("liquidation_env:Liquidation-v0", num_envs=50, **parameters)

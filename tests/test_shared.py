@@ -17,10 +17,10 @@ TEXT = {name: (ROOT / name).read_text() for name in ("iql.py", "pspo.py", "steer
 DIFFERENT = {  # of one name, and rightly not one text
     "Actor": "each paper's Gaussian: what is squashed, what its std depends on",
     "Args": "each paper's settings",
-    "Critic": "PSPO's has layer normalisation, steering's one number per dimension of the goal",
+    "Critic": "PSPO's sees the action in units of μ, with layer normalisation; steering's values several rewards",
     "adam": "PSPO's models have weight decay",
     "main": "other loops",
-    "parse": "steering has nothing to resume, and no settings of a task",
+    "parse": "steering has nothing to resume",
     "plot": "other figures",
 }
 
