@@ -1,8 +1,7 @@
-"""The README's picture and the paper's Figures 2 and 3, from run folders.
+"""The README's picture and the paper's Figure 2, from run folders.
 
     python benchmark/figures.py readme runs/*          # liquidation and one other task: PSPO's seeds, with IQL beside
     python benchmark/figures.py figure2 runs/<pspo run> …    # the return that the models predict, and the real one
-    python benchmark/figures.py figure3 runs/<pspo run> …    # Bellman targets against their uncertainty
 
 A figure goes to docs/figures/<figure>.png, or where --output says.
 """
@@ -11,23 +10,18 @@ import csv
 import itertools
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import matplotlib
 import numpy as np
-import torch
 import tyro
-from scipy import stats
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts are not installed
-
-import pspo
 
 # Okabe and Ito's, for every kind of eye
 BLUE, ORANGE, GREEN, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00"
@@ -37,7 +31,7 @@ BLUE, ORANGE, GREEN, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D5
 class Args:
     """Draw a figure from run folders."""
 
-    figure: tyro.conf.Positional[Literal["readme", "figure2", "figure3"]]  # which
+    figure: tyro.conf.Positional[Literal["readme", "figure2"]]  # which
     runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
     output: Path | None = None  # the PNG; docs/figures/<figure>.png
 
@@ -91,27 +85,9 @@ def figure2(runs: tuple[Path, ...]) -> plt.Figure:
     return figure
 
 
-def figure3(runs: tuple[Path, ...]) -> plt.Figure:
-    """Mean and standard deviation over P of the models' Bellman targets, at states of the data; a panel a run."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 4), layout="constrained", squeeze=False)
-    for ax, run in zip(axes[0], runs, strict=True):
-        args = replace(pspo.Args(**json.loads((run / "args.json").read_text())), resume=str(run))
-        arrays, source, spec = pspo.load_arrays(args)
-        data = pspo.make_dataset(arrays, source, pspo.make_env(args, spec))
-        columns = {key: torch.as_tensor(data.columns[key]) for key in (*pspo.KEYS[:5], "known")}
-        rule = None if args.learn_termination else pspo.TERMINAL.get(pspo.task_of(args.env_id))
-        learner = pspo.PSPO(args, columns, pspo.empty_pool(args, columns, rule))
-        pspo.restore(run, learner, data)
-        target, uncertainty = learner.target_and_uncertainty()
-        ax.scatter(uncertainty, target, s=6, color=BLUE, alpha=0.4, linewidths=0)
-        what = f"{args.env_id}: Spearman {stats.spearmanr(uncertainty, target).statistic:.2f}"
-        ax.set(xlabel="standard deviation over models", ylabel="target (reward ranges)", title=what)
-    return figure
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    figure = dict(readme=readme, figure2=figure2, figure3=figure3)[args.figure](args.runs)
+    figure = dict(readme=readme, figure2=figure2)[args.figure](args.runs)
     figure.savefig(args.output or ROOT / f"docs/figures/{args.figure}.png", dpi=160)
 
 

@@ -1,7 +1,6 @@
 """The studies behind docs/pspo.md: readings of the belief, ablations, models that lie.
 
     python benchmark/pspo_study.py liquidation               # python pspo.py, seeds 1-5
-    python benchmark/pspo_study.py hopper                    # --quick on hopper-medium-v2, seeds 1-5
     python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
     python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
     python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
@@ -118,7 +117,6 @@ VARIANTS = {"A": PSPO, "one": OneProjection, "raw": RawAction, "uniform": Unifor
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
-    "hopper": (range(1, 6), {"hopper-medium": ("A", ["--env-id", "hopper-medium-v2", *QUICK])}),
     "belief": (
         range(1, 4),
         {
@@ -154,7 +152,7 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
 
 @dataclass
 class Args:
-    study: Annotated[Literal["liquidation", "hopper", "belief", "ablations", "poisoned"], tyro.conf.Positional]
+    study: Annotated[Literal["liquidation", "belief", "ablations", "poisoned"], tyro.conf.Positional]
     seeds: tuple[int, ...] = ()  # other seeds than the study's own
     only: tuple[str, ...] = ()  # only these variants, by the names in the table
     jobs: int = 2  # processes at a time, one thread each

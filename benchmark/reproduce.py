@@ -7,8 +7,8 @@
     python benchmark/reproduce.py compare runs/*              # any run folders, by task, script and flags
 
 table1: PSPO and IQL on D4RL's locomotion sets. table2: liquidation. table3: PSPO's ablations. iql: the sets of IQL's
-Table 1. steering: goals of steer_poe.py (the paper's study is benchmark/steer_study.py). Settings are CPU-sized,
-pspo.py --quick (20 minutes a run) and 100,000 updates of iql.py with normalised observations; --full has the papers'.
+Table 1. Settings are CPU-sized, pspo.py --quick (20 minutes a run) and 100,000 updates of iql.py with normalised
+observations; --full has the papers'.
 """
 
 import itertools
@@ -38,7 +38,7 @@ class Args:
     """Plan, run and tabulate the papers' tables, or compare any runs."""
 
     command: tyro.conf.Positional[Literal["plan", "run", "table", "compare"]]  # what to do
-    what: tyro.conf.Positional[tuple[str, ...]]  # table1, table2, table3, iql, steering; to compare: run folders
+    what: tyro.conf.Positional[tuple[str, ...]]  # table1, table2, table3, iql; to compare: run folders
     tasks: tuple[str, ...] = ("hopper", "halfcheetah", "walker2d")  # of the D4RL tables
     levels: tuple[str, ...] = pspo.LEVELS  # of the D4RL tables
     seeds: tuple[int, ...] = (1, 2, 3)  # of every cell
@@ -57,9 +57,8 @@ METHODS = {  # per table: column → script and its flags
         "without regularisation": ("pspo", ("--alpha", "0")),
     },
     "iql": {"IQL": ("iql", ())},
-    "steering": {goal: ("steer_poe", ("--goal", goal)) for goal in ("speed", "balanced", "energy")},
 }  # fmt: skip
-IQL_LEVELS = ("medium", "medium-replay", "medium-expert")  # of IQL's Table 1, and of the steering paper
+IQL_LEVELS = ("medium", "medium-replay", "medium-expert")  # of IQL's Table 1
 LOST = {  # Table 3: how many percent of PSPO's score are lost, by task in the order of LEVELS
     "without posterior": dict(
         hopper=(68.1, 68.1, 53.4, 9.9, 67.9, 11.1), halfcheetah=(19.1, 5.9, 11.2, 3.9, 9.4, 5.6),

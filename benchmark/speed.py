@@ -3,7 +3,6 @@
     python benchmark/speed.py --threads 1 2                          # this machine
     python benchmark/speed.py --corl CORL --unifloral UNIFLORAL      # beside checkouts of them; unifloral needs JAX
     python benchmark/speed.py --gpu                                  # recorded steps: the eager ones' results, and time
-    python benchmark/speed.py --growth                               # as pool, N, batch, width and data grow
 
 Shapes are hopper's, data random. Every implementation is a process of its own, on the given number of threads; they
 take turns, so a machine that slows down slows all of them. The floor of a step is its matrix products alone, at their
@@ -26,7 +25,7 @@ from unittest import mock
 import torch
 import tyro
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: --old has modules of the same names
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import iql
 import pspo
 
@@ -43,29 +42,27 @@ class Args:
     threads: tuple[int, ...] = (1,)  # numbers of CPU threads
     rounds: int = 15  # turns of every implementation
     only: str = ""  # measure only steps whose name contains this
-    old: str = ""  # checkout of this repository before it became minimal
     corl: str = ""  # checkout of CORL
     unifloral: str = ""  # checkout of unifloral; PYTHONPATH must have jax, flax, optax and distrax
     cpu_time: bool = False  # count processor time instead, on one thread: for a machine with other work
     gpu: bool = False  # the steps on a GPU
-    growth: bool = False  # how the cost grows
     dry: bool = False  # tiny sizes, and --gpu on the CPU: does it run?
-    worker: str = ""  # internal: the implementation to serve, or the rows whose memory to measure
+    worker: str = ""  # internal: the implementation to serve
 
 
 # --- Our steps ---
 
 
-def random_rows(device: str = "cpu", rows: int = 0) -> dict[str, torch.Tensor]:
-    g, rows = torch.Generator().manual_seed(0), rows or ROWS
-    obs, action = torch.randn(rows + 1, OBS, generator=g), 1.9 * torch.rand(rows, ACT, generator=g) - 0.95
-    columns = obs[:-1], action, torch.rand(rows, generator=g), obs[1:], torch.rand(rows, generator=g) < 0.01
+def random_rows(device: str = "cpu") -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    obs, action = torch.randn(ROWS + 1, OBS, generator=g), 1.9 * torch.rand(ROWS, ACT, generator=g) - 0.95
+    columns = obs[:-1], action, torch.rand(ROWS, generator=g), obs[1:], torch.rand(ROWS, generator=g) < 0.01
     return {key: x.to(device) for key, x in zip(KEYS, columns, strict=True)}
 
 
-def pspo_args(quick: bool, dry: bool = False, **changes) -> pspo.Args:
+def pspo_args(quick: bool, dry: bool) -> pspo.Args:
     settings = pspo.SETTINGS["hopper"] | (pspo.QUICK if quick else {}) | (SMALL if dry else {})
-    return replace(pspo.Args(env_id="hopper-medium-v2"), **settings | changes)
+    return replace(pspo.Args(env_id="hopper-medium-v2"), **settings)
 
 
 def pspo_learner(args: pspo.Args, device: str = "cpu") -> pspo.PSPO:
@@ -77,9 +74,9 @@ def pspo_learner(args: pspo.Args, device: str = "cpu") -> pspo.PSPO:
     return learner
 
 
-def pool_step(args: pspo.Args, device: str = "cpu", rows: int = 0) -> Callable[[], torch.Tensor]:
+def pool_step(args: pspo.Args, device: str = "cpu") -> Callable[[], torch.Tensor]:
     """The step that train_dynamics hands to `fast`, which stops it here."""
-    data = random_rows(device, rows)
+    data = random_rows(device)
     data["known"] = torch.ones_like(data["terminals"])
     with mock.patch.object(pspo, "fast", side_effect=InterruptedError) as fast, contextlib.suppress(InterruptedError):
         pspo.train_dynamics(args, data, pspo.TERMINAL["hopper"])
@@ -133,24 +130,6 @@ def floor(args: Args) -> dict[tuple[str, str], Callable]:
     return {(name, "floor"): replay(products(make())) for name, make in our_steps(args.dry).items()}
 
 
-def old(args: Args) -> dict[tuple[str, str], Callable]:
-    """The heavy version's steps: `iql` and `pspo` are its own here."""
-    steps, data, device = {}, random_rows(), torch.device("cpu")
-    common = dict(env_id="hopper-medium-v2", pool_size=10, active_models=10)
-    paper = dict(dynamics_hidden=256, dynamics_layers=4, model_samples=10, action_samples=20)
-    for column, compiled in {"heavy": "off", "heavy, compiled": "on"}.items():
-        learner = iql.IQL(iql.resolve(iql.Args(env_id="hopper-medium-v2"))[0], data)
-        update = iql.fast(learner.update, device, compiled, 0)
-        steps["IQL update", column] = lambda a=learner.draw, b=update: (a(), b())
-        for name, settings in {"quick": dict(quick=True), "paper's sizes": paper}.items():
-            of, domain = pspo.resolve(pspo.Args(**common | settings))
-            learner = pspo.PSPO(of, data, domain)
-            learner.behaviour.requires_grad_(False)
-            learner.active.box.copy_(torch.tensor([[-10.0], [10.0]]).expand(2, OBS))
-            steps[f"PSPO iteration, {name}", column] = pspo.fast(learner.iterate, device, compiled, 0)
-    return steps
-
-
 def corl(args: Args) -> dict[tuple[str, str], Callable]:
     sys.modules |= {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}  # only imported
     from algorithms.offline import iql as theirs
@@ -189,7 +168,7 @@ def unifloral(args: Args) -> dict[tuple[str, str], Callable]:
 
 
 UPDATES = {"unifloral": 20}  # in one call, as it trains
-SIDES = dict(floor=floor, ours=ours, old=old, corl=corl, unifloral=unifloral)
+SIDES = dict(floor=floor, ours=ours, corl=corl, unifloral=unifloral)
 
 
 def window(step: Callable, clock: Callable[[], float] = time.perf_counter, wait: Callable = lambda: None) -> float:
@@ -219,7 +198,7 @@ def serve(args: Args) -> None:
 
 def interleaved(args: Args, threads: int, step: str) -> dict[str, float]:
     """Column → median ms. Only this step in a process: the compiler keeps eight versions of what steps share."""
-    checkouts = dict(old=args.old, corl=args.corl, unifloral=args.unifloral)
+    checkouts = dict(corl=args.corl, unifloral=args.unifloral)
     sides = {"floor": "", "ours": ""} | {side: path for side, path in checkouts.items() if path}
     flags = [f"--threads={threads}", f"--only={step}", *["--dry"] * args.dry, *["--cpu-time"] * args.cpu_time]
     workers, times = [], {}
@@ -296,45 +275,12 @@ def on_gpu(args: Args) -> None:
     print(f"100 models: {1e3 / best[pool]:,.0f} updates a second")
 
 
-def memory(rows: int, dry: bool) -> None:
-    """Peak memory of this process, in GB, after reading the data and a step of the paper's pool."""
-    data = {key: x.numpy() for key, x in random_rows(rows=rows).items()}
-    pspo.make_dataset(data, "random rows")
-    pool_step(pspo_args(False, dry), rows=rows)()
-    status = Path("/proc/self/status").read_text()  # Linux; not getrusage, which has the parent's peak after a fork
-    print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
-
-
-def growth(args: Args) -> None:
-    torch.set_num_threads(args.threads[0])
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    rows, few = [["step", "what grows", "small", "middle", "large"]], dict(pool_size=10, active_models=5)
-    for name, what, key, values in (
-        ("pool update, 4 × 256, batch 256", "models", "pool_size", (10, 30, 100)),
-        ("pool update, 10 models", "batch", "dynamics_batch", (64, 256, 1024)),
-        ("pool update, 10 models", "width", "dynamics_hidden", (128, 256, 512)),
-        ("PSPO iteration, paper's sizes", "N", "active_models", (5, 10, 40)),
-    ):
-        rows.append([name, what])
-        for value in values:
-            of = pspo_args(False, args.dry, **few | (dict(pool_size=40) if what == "N" else {}) | {key: value})
-            step = pspo_learner(of).iterate if what == "N" else pool_step(of)
-            rows[-1].append(f"{value}: {statistics.median(window(step, clock) for _ in range(args.rounds)):.1f} ms")
-    rows.append(["peak memory, the paper's pool", "data rows"])
-    for count in (2_000, 10_000, 20_000) if args.dry else (200_000, 1_000_000, 2_000_000):
-        words = [sys.executable, __file__, f"--worker={count}", *["--dry"] * args.dry]
-        rows[-1].append(f"{count:,}: {float(subprocess.check_output(words)):.1f} GB")
-    print(markdown(rows))
-    how = f"{'processor' if args.cpu_time else 'wall-clock'} time, medians of {args.rounds}"
-    print(f"\neager, {args.threads[0]} thread(s), {how}, load {os.getloadavg()[0]:.1f}")
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     if args.worker:
-        memory(int(args.worker), args.dry) if args.worker.isdigit() else serve(args)
+        serve(args)
     else:
-        (on_gpu if args.gpu else growth if args.growth else on_cpu)(args)
+        (on_gpu if args.gpu else on_cpu)(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Frozen, Prior-only, Additive(0.5), PoE and KL-Reg at five α, on the same starts and noise; then PoE at the α that the KL
 budget selects. A cell (prior, shift, goal) is HELP, HURT or FROZEN by the 95% percentile bootstrap interval of its
 episodes' paired differences to Frozen. --folder gets episodes.csv (a stopped study goes on from it), cells.csv,
-table.md, curves.png and grid.png. Degraded priors, shifts and references are readings of ours: docs/steer_poe.md.
+table.md. Degraded priors, shifts and references are readings of ours: docs/steer_poe.md.
 """
 
 import csv
@@ -220,74 +220,6 @@ def classify(low: float, high: float) -> str:
     return "HELP" if low > 0 else "HURT" if high < 0 else "FROZEN"
 
 
-# --- Figures ---
-
-STYLES = {  # Okabe and Ito's colours, told apart by their markers too
-    "kl-reg": ("#e69f00", "s"), "poe": ("#0072b2", "o"), "additive": ("#009e73", "^"), "prior-only": ("#d55e00", "D"),
-    "critic-greedy": ("#cc79a7", "v"), "iql-guided": ("#56b4e9", "P"),
-}  # fmt: skip
-SHADES = {"HELP": "#9ecae1", "FROZEN": "#e8e8e8", "HURT": "#f6b26b"}
-
-
-def plot_curves(rows: list[dict], title: str, path: Path) -> None:
-    """The goal's objective against α: a column for every goal, a row for every prior and shift."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    goals = list(dict.fromkeys(r["goal"] for r in rows))
-    cells = list(dict.fromkeys((r["prior"], r["shift"]) for r in rows))
-    size = (4.4 * len(goals), 0.6 + 3.2 * len(cells))
-    figure, axes = plt.subplots(len(cells), len(goals), figsize=size, layout="constrained", squeeze=False)
-    for (prior, shift), line in zip(cells, axes, strict=True):
-        for goal, ax in zip(goals, line, strict=True):
-            cell = [r for r in rows if (r["prior"], r["shift"], r["goal"]) == (prior, shift, goal)]
-            base = cell[0]["objective"]
-            for rule, (colour, marker) in STYLES.items():
-                some = sorted((r for r in cell if r["rule"] == rule), key=lambda r: r["alpha"])
-                x, y = [r["alpha"] for r in some], np.array([r["objective"] for r in some])
-                low, high = (np.array([base + r[f"objective_{end}"] for r in some]) for end in ("low", "high"))
-                wide = dict(lw=5, alpha=0.4, ms=9) if rule == "kl-reg" else dict(lw=1.2, ms=4)  # it lies under PoE
-                if some:
-                    bars = np.stack([y - low, high - y]).clip(0)
-                    ax.errorbar(x, y, bars, fmt=f"{marker}-", color=colour, capsize=2, label=rule, **wide)
-            ax.axhline(base, color="k", ls=":", lw=1, label="frozen")
-            ax.set(title=f"{goal}: {prior} prior, shift {shift}", xlabel="α", ylabel="the goal's objective")
-    axes[0, 0].legend(fontsize=7)
-    figure.suptitle(title, fontsize=9, wrap=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_grid(rows: list[dict], title: str, path: Path) -> None:
-    """HELP, FROZEN or HURT of every configuration (lines) in every cell (columns), of the objective and the return."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import to_rgb
-
-    cells = list(dict.fromkeys((r["goal"], r["prior"], r["shift"]) for r in rows))
-    rows = [r | dict(line=f"{r['rule']} {'selected' if r['selected'] else r['alpha']}") for r in rows]
-    lines = list(dict.fromkeys(r["line"] for r in rows if r["rule"] != "frozen"))
-    size = (3.0 + 1.9 * len(cells), 1.6 + 0.27 * len(lines))
-    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    for ax, what in zip(axes, ("objective", "return"), strict=True):
-        image = np.ones((len(lines), len(cells), 3))
-        for r in (r for r in rows if r["rule"] != "frozen"):
-            y, x = lines.index(r["line"]), cells.index((r["goal"], r["prior"], r["shift"]))
-            image[y, x] = to_rgb(SHADES[r[f"{what}_class"]])
-            ax.text(x, y, f"{r[f'{what}_gain']:+.4g}", ha="center", va="center", fontsize=7)
-        ax.imshow(image, aspect="auto")
-        ax.set_xticks(range(len(cells)), ["\n".join(cell) for cell in cells], fontsize=7)
-        ax.set_yticks(range(len(lines)), lines, fontsize=7)
-        ax.set_title(f"{'the goal' if what == 'objective' else 'the task'}'s {what}, minus Frozen's", fontsize=9)
-    figure.suptitle(f"{title}: blue HELP, grey FROZEN, orange HURT", fontsize=9, wrap=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # --- The study ---
 
 
@@ -429,14 +361,13 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    text, title = table(rows, args.rule), f"{args.env_id} ({data.source})"
+    text = table(rows, args.rule)
     (folder / "table.md").write_text(text + "\n")
-    plot_curves(rows, title, folder / "curves.png")
-    plot_grid(rows, title, folder / "grid.png")
     print(text)
-    count = {kind: sum(r["selected"] and r["objective_class"] == kind for r in rows) for kind in SHADES}
+    chosen = [row["objective_class"] for row in rows if row["selected"]]
+    count = {kind: chosen.count(kind) for kind in ("HELP", "FROZEN", "HURT")}
     print(f"{len(tasks)} configurations of {args.eval_episodes} episodes; at the selected α: {count}")
-    print(f"{(time.monotonic() - begun) / 60:.1f} minutes; cells.csv, table.md, curves.png, grid.png are in {folder}")
+    print(f"{(time.monotonic() - begun) / 60:.1f} minutes; cells.csv and table.md are in {folder}")
 
 
 if __name__ == "__main__":

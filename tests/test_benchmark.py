@@ -2,13 +2,11 @@
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pspo
@@ -94,13 +92,6 @@ def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypat
     assert len(set(last.values())) == 3  # three readings, three runs
 
 
-def test_a_draw_of_each_row_has_its_probabilities():
-    log_belief = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]]).log()
-    drawn = torch.stack([pspo.sample_models(log_belief, (2,)) for _ in range(4000)])
-    share = torch.nn.functional.one_hot(drawn, 3).float().mean(0)
-    assert (share - log_belief.exp()).abs().max() < 0.04
-
-
 def test_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pspo.py", *TINY.split(), "--runs-dir", str(tmp_path)])
     monkeypatch.setattr(pspo.signal, "signal", lambda *_: None)
@@ -109,7 +100,7 @@ def test_figures(tmp_path, monkeypatch):
     kinds = ("pspo", "liquidation"), ("pspo", "hopper-medium-v2"), ("iql", "liquidation")
     fakes = [fake_run(tmp_path / "fake", script, task, 1, 90) for script, task in kinds]
     output = tmp_path / "figure.png"
-    for name, runs in dict(readme=fakes, figure2=[run], figure3=[run]).items():
+    for name, runs in dict(readme=fakes, figure2=[run]).items():
         monkeypatch.setattr(sys, "argv", ["figures.py", name, *map(str, runs), "--output", str(output)])
         figures.main()
         assert output.stat().st_size > 10_000
@@ -129,17 +120,11 @@ def test_the_floor_has_all_products_of_a_step_and_iql_has_none_to_spare():
     assert all(step() is None for step in speed.floor(speed.Args(dry=True)).values())
 
 
-def test_speed_on_a_gpu_and_growth_in_tiny_sizes(monkeypatch, capsys):
+def test_speed_on_a_gpu_in_tiny_sizes(monkeypatch, capsys):
     monkeypatch.setattr(pspo, "fast", lambda step, *_: step)
     monkeypatch.setattr(speed, "window", lambda step, *_, **__: step() is None or 1.0)
-    monkeypatch.setattr(speed.subprocess, "check_output", lambda words: b"1.5")
     speed.on_gpu(speed.Args(dry=True, rounds=1))
-    speed.growth(speed.Args(dry=True, rounds=1))
-    out = capsys.readouterr().out
-    assert out.count("equal, at most 0.0e+00 apart") == 2 and "20,000: 1.5 GB" in out
-    speed.memory(2_000, dry=True)
-    assert float(capsys.readouterr().out) > 0.1
-    subprocess.run(["bash", "-n", Path(speed.__file__).with_name("gpu.sh")], check=True)
+    assert capsys.readouterr().out.count("equal, at most 0.0e+00 apart") == 2
 
 
 def test_d4rl_antmaze():

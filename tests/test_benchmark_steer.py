@@ -35,7 +35,6 @@ def test_small_study_stopped_and_resumed(tmp_path, monkeypatch):
     path = tmp_path / "study" / "episodes.csv"
     path.write_bytes(b"\n".join(whole.splitlines()[:155]) + b"\nrandom,vol")  # the process died while it wrote
     monkeypatch.setattr(steer_study.steer_poe, "learn", None)
-    monkeypatch.setattr(steer_study, "plot_curves", lambda *_: None)
     assert run(monkeypatch, tmp_path) == whole
     with pytest.raises(SystemExit, match="other settings"):
         run(monkeypatch, tmp_path, "--seed", "2")
