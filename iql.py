@@ -784,11 +784,6 @@ def open_run(args: Args) -> Path:
     return run_dir
 
 
-def diverged(row: dict, learner: nn.Module) -> bool:
-    """Whether a metric or a weight is NaN or infinite."""
-    return not all(map(math.isfinite, row.values())) or not all(x.isfinite().all() for x in learner.parameters())
-
-
 def report(
     args: Args, data: Dataset, env: gym.Env | None, act: Callable, result: dict, run_dir: Path, begun: float
 ) -> dict:
@@ -806,7 +801,7 @@ def report(
         print(f"{args.env_id}: {what} {result['score']:.1f} ± {result['score_ci95']:.1f}, ", end="")
         print(f"return {result['return']:.1f} ± {result['return_ci95']:.1f} of {len(returns)} episodes (95% interval)")
         if env.spec.id == "Liquidation-v0" and not env.spec.kwargs:  # the default market
-            result |= liquidation_env.compare(returns, args.seed + 20_000, args.gamma)
+            result |= liquidation_env.compare(returns, args.seed + 20_000)
             others["exact optimum"] = result["optimum_score"]
             share, ci = 100 * result["share_of_optimum"], 100 * result["share_of_optimum_ci95"]
             print(f"{share:.2f} ± {ci:.2f}% of the exact optimum {result['optimum']:.2f}, on the same price paths")
@@ -899,7 +894,8 @@ def main() -> None:
             continue
         means = sums / (iteration - (rows[-1]["iteration"] if rows else 0))
         row = {"iteration": iteration} | dict(zip(IQL.METRICS, means.tolist(), strict=True))
-        if diverged(row, learner):
+        finite = all(map(math.isfinite, row.values())) and all(x.isfinite().all() for x in learner.parameters())
+        if not finite:
             sys.exit(f"iteration {iteration}: not finite any more: lower --critic-lr, --actor-lr or --beta")
         if env is not None:
             returns = evaluate(learner.actor.act, env, args.eval_episodes, args.seed + 10_000)[1]

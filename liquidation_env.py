@@ -174,7 +174,7 @@ def behaviour_dataset(num_episodes: int, seed: int, **parameters: float) -> dict
     return play(behaviour_policy(seed), num_episodes, seed, **parameters)[0]
 
 
-def compare(returns: np.ndarray, seed: int, gamma: float = 1.0) -> dict[str, float]:
+def compare(returns: np.ndarray, seed: int) -> dict[str, float]:
     """Returns (n,) of `make_vec(…, num_envs=n)` reset with `seed`, against the optimal policy's on the same prices."""
     optimum, boundary = solve()
     difference = returns - evaluate(threshold_policy(boundary), len(returns), seed)
@@ -183,7 +183,6 @@ def compare(returns: np.ndarray, seed: int, gamma: float = 1.0) -> dict[str, flo
         "optimum_score": 100.0 * optimum / EXPERT,
         "share_of_optimum": float(1.0 + difference.mean() / optimum),
         "share_of_optimum_ci95": float(1.96 * difference.std(ddof=1) / math.sqrt(len(returns)) / optimum),
-        "share_of_discount_ceiling": float((optimum + difference.mean()) / solve(gamma)[0]),  # best that γ allows
     }
 
 
