@@ -279,6 +279,9 @@ def test_liquidation_of_another_market(derived):
     for market in (dict(horizon=40), dict(horizon=21), dict(horizon=10), dict(sigma=0.3), dict(inventory=200.0)):
         assert "another market" in said(**market), market
     assert "starts elsewhere" in said(inventory=50.0) and "starts elsewhere" in said(initial_price=2.0)
+    own = gym.make("liquidation_env:Liquidation-v0", sigma=0.3)  # evaluated in that market: nothing differs
+    data = make(liquidation_env.behaviour_dataset(300, 0, sigma=0.3), own)
+    assert iql.doubts(data, own, replace(ARGS, dataset_path="own"), None) == []
 
 
 # --- What is refused ---
@@ -407,10 +410,9 @@ def test_environments_of_ones_own():
     first, returns = iql.evaluate(lambda obs: np.full((len(obs), 1), 0.5, np.float32), env, 3, 0)
     assert (first[:, [0, 2]] == [1, 2]).all() and returns.tolist() == [1500] * 3  # cut at 1,000 steps
     assert iql.make_env(replace(ARGS, env_id="nowhere", eval_episodes=0)) is None
+    minari = gym.spec("Goal-v0")  # the environment of its data gives way to one that --env-id names
     for name, found in {"Pendulum-v1": "Pendulum-v1", "mujoco/hopper/medium-v0": "Goal-v0"}.items():
-        assert (
-            iql.make_env(replace(ARGS, env_id=name), gym.spec("Goal-v0")).spec.id == found
-        )  # asked for, else Minari's
+        assert iql.make_env(replace(ARGS, env_id=name), minari).spec.id == found
     assert "Discrete(2): only continuous" in refused(iql.make_env, replace(ARGS, env_id="CartPole-v1"))
     boxes = dict(action_space=Box(-np.inf, np.inf, (1,))), dict(observation_space=Box(0, 9, (8, 8)))
     for space, words in zip(boxes, ("actions bounded", "(8, 8)"), strict=True):

@@ -373,16 +373,16 @@ def test_lambda_returns_go_on_after_a_time_limit_and_stop_at_a_terminal():
 # --- Actor files ---
 
 
-def stand_in(obs_dim=3, act_dim=2, low=-1.0, high=1.0):
+def stand_in(obs_dim=3, act_dim=2):
     """A Dataset of these sizes."""
     columns = dict(observations=np.zeros((9, obs_dim), np.float32), actions=np.zeros((9, act_dim), np.float32))
-    bounds = (np.full(act_dim, x, np.float32) for x in (low, high))
-    return steer_poe.Dataset(columns, np.zeros(1), *bounds, "a stand-in", [], "")
+    high = np.ones(act_dim, np.float32)
+    return steer_poe.Dataset(columns, np.zeros(1), -high, high, "a stand-in", [], "")
 
 
-def through_a_file(content, tmp_path, data=None):
+def through_a_file(content, tmp_path):
     torch.save(content, tmp_path / "actor.pt")
-    return steer_poe.read_actor(torch.load(tmp_path / "actor.pt", weights_only=True), "actor.pt", data or stand_in())
+    return steer_poe.read_actor(torch.load(tmp_path / "actor.pt", weights_only=True), "actor.pt", stand_in())
 
 
 def play(actor, obs):
