@@ -411,11 +411,8 @@ def fetch(name: str) -> Path:
         except (OSError, RuntimeError) as error:  # no network, no such file; another SHA-256
             print(f"{url}: {error}")
     if not file.exists():
-        task, kind = name[:-3].split("-", 1)
-        minari = f"mujoco/{task}/{'expert' if kind == 'expert' else 'medium'}-v0"
-        minari = minari if path.startswith("gym") else f"D4RL/{task}/{kind}-v{1 if task == 'antmaze' else 2}"
-        where = f"put {file.name} into {file.parent} ($D4RL_DATASET_DIR names another folder)"
-        sys.exit(f"cannot download {name}: {where}, use --dataset-path FILE, or Minari's data: --env-id {minari}")
+        where = f"put {file.name} into {file.parent} ($D4RL_DATASET_DIR names another folder), use --dataset-path FILE"
+        sys.exit(f"cannot download {name}: {where}, or Minari: --env-id mujoco/hopper/medium-v0")
     return file
 
 

@@ -539,10 +539,3 @@ def test_without_a_network(server, monkeypatch):
     ):
         assert words in said
     assert not file.exists()
-    ids = {"pen-human-v1": "D4RL/pen/human-v2", "antmaze-large-play-v2": "D4RL/antmaze/large-play-v1"}
-    ids |= {"hopper-medium-replay-v2": "mujoco/hopper/medium-v0", "walker2d-expert-v2": "mujoco/walker2d/expert-v0"}
-    monkeypatch.undo()
-    monkeypatch.setattr(iql, "SERVERS", ())
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(file.parent))
-    for name, minari in ids.items():
-        assert f"--env-id {minari}" in refused(iql.load_arrays, replace(ARGS, env_id=name))
