@@ -87,12 +87,11 @@ class Args:
     evidence_rows: int = 16  # observed transitions per iteration that Δ is measured on (ours)
     # Policy iteration, Eqs. (6) to (9)
     gamma: float = 0.99  # γ (paper)
-    iterations: int = 2_000_000  # a rollout step and a critic update each, after the warm-up a policy update (PMDB)
-    warmup: int = 100_000  # iterations of the critic alone, before π leaves μ (ours)
+    iterations: int = 2_000_000  # a rollout step, a critic update and a policy update each (PMDB)
     batch_size: int = 256  # rows per update, half of the data, half of the models (paper; half: PMDB)
     hidden: int = 256  # units in each of two hidden layers of policy and critics (paper)
     layer_norm: bool = True  # in the critics: steadier far from the data, less exact where values have cliffs (ours)
-    actor_lr: float = 3e-5  # cosine to zero over the iterations after the warm-up (PMDB; cosine: ours)
+    actor_lr: float = 3e-5  # cosine to zero over the iterations (PMDB; cosine: ours)
     critic_lr: float = 3e-4  # η_t of Eq. (6), cosine to zero (PMDB; cosine: ours)
     target_rate: float = 0.005  # Polyak rate of Q̄ (PMDB)
     average_rate: float = 1e-5  # Polyak rate of the average of π's weights, which is evaluated and saved (PMDB)
@@ -119,7 +118,7 @@ SETTINGS = {
     "liquidation": dict(  # ours: 4 inputs need no large network, and 20 steps no discount
         gamma=1.0, pool_size=20, dynamics_hidden=64, dynamics_layers=2, dynamics_batch=256, dynamics_epochs=8,
         dynamics_lr=3e-3, hidden=128, layer_norm=False, actor_lr=1e-3, critic_lr=1e-3,
-        average_rate=1e-3, alpha=0.001, iterations=20_000, warmup=2_000, behaviour_updates=1_000,
+        average_rate=1e-3, alpha=0.001, iterations=20_000, behaviour_updates=1_000,
         rollout_horizon=20, action_samples=6, eval_every=2_000, eval_episodes=2_000, final_episodes=10_000,
     ),
     "hopper": dict(dynamics_hidden=256, dynamics_batch=256),  # paper
@@ -127,7 +126,7 @@ SETTINGS = {
 QUICK = dict(
     pool_size=5, active_models=5, dynamics_hidden=200, dynamics_layers=3, dynamics_batch=256, dynamics_epochs=0,
     dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, average_rate=5e-4, iterations=20_000,
-    warmup=10_000, behaviour_updates=30_000, action_samples=4, eval_every=2_000,
+    behaviour_updates=30_000, action_samples=4, eval_every=2_000,
 )  # fmt: skip
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
 
@@ -174,14 +173,6 @@ def mixture_log_weights(u, mu_mean, mu_log_std, pi_mean, pi_log_std) -> torch.Te
 def policy_objective(q, alpha, kl_behaviour, eta, kl_previous) -> torch.Tensor:
     """Eq. (9) with its multiplier η (KKT): E_s[ E_π Q − α KL(π ‖ μ) − η KL(π ‖ π_i) ], (B,) each → scalar."""
     return (q - alpha * kl_behaviour - eta * kl_previous).mean()
-
-
-def projection_loss(q, log_weights, alpha, log_pi) -> torch.Tensor:
-    """−E_{π*} log π with Theorem 1's π* ∝ μ exp(Q/α), self-normalised over M samples: (M, B) each → scalar.
-
-    It is KL(π* ‖ π) up to a constant. Eq. (9) is −α KL(π ‖ π*), where a clipped action has no gradient.
-    """
-    return -((q / alpha + log_weights).softmax(0) * log_pi).sum(0).mean()
 
 
 def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
@@ -568,9 +559,7 @@ class PSPO(nn.Module):
             few = slice(args.evidence_rows)
             self.update_belief(obs[few], action[few], data_target[few])
             pi_mean, pi_log_std = self.actor(self.rollout_obs)
-            noise = torch.randn_like(pi_mean)
-            noise[::2] = 0  # half of the rollouts act by π's mean, which is what is evaluated
-            rollout_action = (pi_mean + pi_log_std.exp() * noise).clamp(-1, 1)
+            rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).clamp(-1, 1)
             rollout_reward, rollout_next, rollout_end = self.rollout(rollout_action)
             next_value = self.value(rollout_next)
             model_target = bellman_target(rollout_reward / self.reward_scale, rollout_end, next_value, args.gamma)
@@ -605,17 +594,9 @@ class PSPO(nn.Module):
         kl_behaviour = gaussian_kl(pi_mean, pi_log_std, *mu)
         kl_previous = gaussian_kl(pi_mean, pi_log_std, *self.previous(obs))
         objective = policy_objective(q.mean(0), args.alpha, kl_behaviour, self.log_eta.exp(), kl_previous)
-        loss = -objective
-        if args.alpha:  # beside Eq. (9)'s KL(π ‖ π*), KL(π* ‖ π) on samples of μ and of π, as for V
-            with torch.no_grad():
-                u = torch.cat([mu[0] + mu[1].exp() * torch.randn_like(u), u])  # (M, B, act)
-                q = torch.cat([self.q_value(self.critic, obs, u[: len(q)], mu), q])
-                log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
-            log_pi = gaussian_log_prob(u, pi_mean, pi_log_std)
-            loss = loss + args.alpha * projection_loss(q, log_weights, args.alpha, log_pi)
         self.updates.add_(1)  # π is the next π_i once the trust region has had its updates
         follow(self.previous, self.actor, (self.updates % args.trust_region_every == 0).float())
-        minimise(self.actor_optimizer, loss)
+        minimise(self.actor_optimizer, -objective)
         follow(self.average, self.actor, args.average_rate)
         with torch.no_grad():  # dual ascent: η grows while its constraint is violated
             self.log_eta.add_(0.05 * (kl_previous.mean() / args.trust_region - 1).clamp(-1, 1)).clamp_(-6, 6)
@@ -625,11 +606,6 @@ class PSPO(nn.Module):
         """One iteration: policy evaluation, policy improvement; returns METRICS, (M,)."""
         obs, metrics = self.evaluate_policy()
         return torch.stack([x.detach() for x in metrics + self.improve_policy(obs)])
-
-    def warm_up(self) -> torch.Tensor:
-        """An iteration in which π stays at μ: a critic that knows nothing yet would lead it astray."""
-        metrics = self.evaluate_policy()[1]
-        return F.pad(torch.stack([x.detach() for x in metrics]), (0, len(self.METRICS) - len(metrics)))
 
     @torch.no_grad()
     def predicted_return(self, obs: torch.Tensor, steps: int) -> torch.Tensor:
@@ -1188,16 +1164,13 @@ def main() -> None:
     done = rows[-1]["iteration"] if rows else 0
     writer = SummaryWriter(str(run_dir), purge_step=done + 1)
 
-    warm_up, iterate = (fast(step, device, args.compile) for step in (learner.warm_up, learner.iterate))
-    total, sums = args.iterations, 0
+    iterate, total, sums = fast(learner.iterate, device, args.compile), args.iterations, 0
     for iteration in tqdm(range(done + 1, total + 1), initial=done, total=total, disable=None):
         if iteration % 1000 == 0 and args.active_models < args.pool_size:
             learner.redraw()
-        warm, share = iteration <= args.warmup, cosine(iteration - args.warmup, max(1, total - args.warmup))
-        learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
-        # η_t of Eq. (6)
-        learner.critic_optimizer.param_groups[0]["lr"].fill_(args.critic_lr * cosine(iteration, total))
-        sums = sums + (warm_up() if warm else iterate())
+        for optimizer, rate in zip(learner.optimizers, (args.actor_lr, args.critic_lr), strict=True):
+            optimizer.param_groups[0]["lr"].fill_(rate * cosine(iteration, total))  # η_t of Eq. (6)
+        sums = sums + iterate()
         if iteration % args.eval_every and iteration != total:
             continue
         means = sums / (iteration - (rows[-1]["iteration"] if rows else 0))

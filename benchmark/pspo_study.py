@@ -89,12 +89,10 @@ class Rollout(Local):
         return tuple(x[drawn, rows] for x in step)
 
 
-class OneProjection(PSPO):
-    """Eq. (9) alone, without KL(π* ‖ π) beside it."""
+class OneModel(PSPO):
+    """One model for all rollouts of a step."""
 
-    def improve_policy(self, obs: torch.Tensor) -> list[torch.Tensor]:
-        with mock.patch.object(pspo, "projection_loss", lambda *_: 0.0):
-            return super().improve_policy(obs)
+    GROUP = 10**6
 
 
 class RawCritic(pspo.Critic):
@@ -113,7 +111,7 @@ class RawAction(PSPO):
             super().__init__(args, data, pool)
 
 
-VARIANTS = {"A": PSPO, "one": OneProjection, "raw": RawAction, "uniform": Uniform, "B": Local, "C": Rollout}
+VARIANTS = {"A": PSPO, "one model": OneModel, "raw": RawAction, "uniform": Uniform, "B": Local, "C": Rollout}
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
@@ -131,9 +129,8 @@ STUDIES = {  # study: (seeds, variant: (class, flags))
             name: (variant, ["--env-id", "hopper-medium-v2", *QUICK, *flags])
             for name, (variant, flags) in {
                 "the recipe": ("A", []),
-                "no warm-up": ("A", ["--warmup", "0"]),
                 "no layer norm": ("A", ["--no-layer-norm"]),
-                "one projection": ("one", []),
+                "one model a step": ("one model", []),
                 "critics on (s, a)": ("raw", []),
                 "α 0.1": ("A", ["--alpha", "0.1"]),
                 "α 1": ("A", ["--alpha", "1"]),
@@ -258,10 +255,9 @@ def poisoned(seed: int, variant: str, iterations: int = 10_000) -> dict[str, flo
     learner.clone_behaviour()
     learner.redraw()
     for iteration in range(1, iterations + 1):
-        share = pspo.cosine(iteration - args.warmup, iterations - args.warmup)
-        learner.actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * share)
-        learner.critic_optimizer.param_groups[0]["lr"].fill_(args.critic_lr * pspo.cosine(iteration, iterations))
-        learner.warm_up() if iteration <= args.warmup else learner.iterate()
+        for optimizer, rate in zip(learner.optimizers, (args.actor_lr, args.critic_lr), strict=True):
+            optimizer.param_groups[0]["lr"].fill_(rate * pspo.cosine(iteration, iterations))
+        learner.iterate()
     first, returns = pspo.evaluate(learner.average.act, env, 10_000, seed + 20_000)
     mass = learner.log_belief().exp()[learner.members < 3].sum().item()
     value = learner.start_value(torch.as_tensor(first))

@@ -211,7 +211,7 @@ class PSPO:
         noise, belief, arrivals = self.take("randn", half, self.act), self.belief(), []
         for i in range(half):
             mean, log_std = self.policy("actor", state["rollout_obs"][i])
-            actions.append((mean + log_std.exp() * noise[i] * (i % 2)).clamp(-1, 1))
+            actions.append((mean + log_std.exp() * noise[i]).clamp(-1, 1))
         exponential = self.take("exponential_", 2, args.active_models)
         models = [max(range(len(belief)), key=lambda n: belief[n] / exponential[g, n]) for g in range(2)]
         for name in state:
@@ -257,8 +257,6 @@ class PSPO:
         """Eq. (9)."""
         args, state, count = self.args, self.state, len(states)
         noise, seen = self.take("randn", args.action_samples // 2, count, self.act), {}
-        symmetric = args.alpha > 0
-        from_mu = self.take("randn", args.action_samples // 2, count, self.act) if symmetric else []
         alpha, eta = args.alpha, state["log_eta"].exp()
 
         def kl(p, other):
@@ -277,24 +275,7 @@ class PSPO:
                 seen[name] = sum(kl(p, other) for p, other in zip(policies, others, strict=True)) / count
             seen["log_std"] = sum(log_std.mean() for _, log_std in policies) / count
             seen["objective"] = q - alpha * seen["behaviour"] - eta * seen["previous"]
-            return -seen["objective"] + (alpha * projection(policies) if symmetric else 0.0)
-
-        def projection(policies):
-            """−E_{π*} log π, π* ∝ μ exp(Q/α), weighed over samples of μ and of π."""
-            total = 0.0
-            for i, (mean, log_std) in enumerate(policies):
-                mu, mu_log = self.policy("behaviour", states[i])
-                samples = [mu + mu_log.exp() * z for z in from_mu[:, i]]
-                samples = [u.detach() for u in samples + [mean + log_std.exp() * z for z in noise[:, i]]]
-                scores = []
-                for u in samples:
-                    of_mu, of_pi = log_normal(u, mu, mu_log).detach(), log_normal(u, mean, log_std).detach()
-                    density = (of_mu.exp() + of_pi.exp()) / 2
-                    q = self.smaller_q("critic", states[i], u).detach()
-                    scores.append((q / alpha).exp() * of_mu.exp() / density)
-                for score, u in zip(scores, samples, strict=True):
-                    total = total - score / sum(scores) * log_normal(u, mean, log_std) / count
-            return total
+            return -seen["objective"]
 
         before = {name: state[name].clone() for name in self.actor_adam.names}
         self.actor_adam.step(state, loss, args.actor_lr)

@@ -13,7 +13,7 @@ import pspo
 from benchmark import figures, pspo_study, reproduce, speed
 
 speed.ROWS = 2_000  # as few as do
-TINY = "--dataset-episodes 100 --pool-size 2 --active-models 2 --dynamics-epochs 1 --behaviour-updates 5 --warmup 5"
+TINY = "--dataset-episodes 100 --pool-size 2 --active-models 2 --dynamics-epochs 1 --behaviour-updates 5"
 TINY += " --iterations 20 --eval-every 10 --eval-episodes 5 --final-episodes 5 --batch-size 64"
 
 

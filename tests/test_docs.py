@@ -27,7 +27,7 @@ MAPS = {  # script, and what its paper numbers; of the third only an abstract, a
     "liquidation_env": "state, initial rate, action, reward, rate, horizon, dataset, (15), Table 2, Table 4",
 }
 LEARNER = "--hidden 16 --iterations 20 --eval-every 20 --final-episodes 2"  # flags for short runs
-POOL = "--pool-size 2 --active-models 2 --dynamics-epochs 1 --dynamics-hidden 16 --warmup 10 --behaviour-updates 5"
+POOL = "--pool-size 2 --active-models 2 --dynamics-epochs 1 --dynamics-hidden 16 --behaviour-updates 5"
 TINY = {"iql.py": LEARNER, "pspo.py": f"{LEARNER} {POOL}", "steer_poe.py": "--hidden 16 --updates 5"}
 TICKED = re.compile(r"`([^`]+)`")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -32,7 +32,7 @@ SHORT = dict(
 TINY = {
     "iql": SHORT,
     "pspo": SHORT | dict(
-        warmup=1, pool_size=3, active_models=2, dynamics_hidden=8, dynamics_layers=1, dynamics_epochs=1,
+        pool_size=3, active_models=2, dynamics_hidden=8, dynamics_layers=1, dynamics_epochs=1,
         dynamics_batch=64, behaviour_updates=2, evidence_rows=4, action_samples=2, trust_region_every=3,
         layer_norm=True,
     ),
@@ -103,7 +103,7 @@ def no_figure(monkeypatch):
 
 
 # --- As it is typed: stopped by Ctrl-C or killed, then gone on with ---
-AS_TYPED = {"iql": dict(iterations=1200, eval_every=120), "pspo": dict(iterations=180, warmup=100, eval_every=36)}
+AS_TYPED = {"iql": dict(iterations=1200, eval_every=120), "pspo": dict(iterations=180, eval_every=36)}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -215,7 +215,7 @@ def unkilled(tmp_path_factory):
 
 
 KILLED = {"iql": dict(env_id="test_data:Brief-v0", iterations=6, online_steps=8, eval_every=3)}
-KILLED["pspo"] = dict(iterations=15, warmup=5, eval_every=3)
+KILLED["pspo"] = dict(iterations=15, eval_every=3)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -340,7 +340,7 @@ CHANGES = {
     ),
     "pspo": CHANGES | dict(
         pool_size=4, active_models=3, dynamics_hidden=9, dynamics_layers=2, dynamics_batch=32, dynamics_epochs=2,
-        dynamics_lr=0.1, learn_termination=True, likelihood_coef=0.0, evidence_rows=8, warmup=2, average_rate=0.5,
+        dynamics_lr=0.1, learn_termination=True, likelihood_coef=0.0, evidence_rows=8, average_rate=0.5,
         rollout_horizon=2, action_samples=4, alpha=1.0, trust_region=1e-4, trust_region_every=2,
         layer_norm=False, behaviour_updates=3,
     ),
