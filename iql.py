@@ -91,12 +91,11 @@ class Args:
     eval_episodes: int = 10  # of each; 0 trains and saves without an environment
     final_episodes: int = 100  # of the reported score (ours; the paper takes the last evaluation)
     runs_dir: str = "runs"  # the run's folder is made in here
-    resume: str = ""  # run folder to go on with; how-flags and a moved --dataset-path may be given again
+    resume: str = ""  # run folder to go on with; of other flags only those after this one, and a moved --dataset-path
     num_threads: int = 1  # CPU threads (0: all cores; small networks are fastest on one)
     cuda: bool = True  # use a GPU if there is one
     compile: bool = False  # torch.compile the update (needs a C++ compiler): a fifth faster, a minute to start
-    track: bool = False  # also log to Weights & Biases
-    wandb_project: str = "iql"  # its project
+    track: bool = False  # also log to Weights & Biases (into the project $WANDB_PROJECT)
 
 
 MAZES = dict(expectile=0.9, beta=10.0, reward="minus_one", eval_every=100_000, eval_episodes=100)  # paper
@@ -109,7 +108,7 @@ SETTINGS = {
     **dict.fromkeys(("kitchen", "pen", "hammer", "relocate", "door"), HANDS),
 }  # fmt: skip
 QUICK = dict(iterations=50_000)
-HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
+HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track")  # may change on --resume
 
 
 # --- Equations ---
@@ -122,7 +121,7 @@ def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
 
 def bellman_target(reward, terminal, next_value, gamma: float) -> torch.Tensor:
     """y of Eq. (6): r + γ V(s'), and r alone where the episode ends; any shape."""
-    return reward + gamma * torch.where(terminal, torch.zeros_like(next_value), next_value)
+    return reward + gamma * next_value.masked_fill(terminal, 0.0)
 
 
 def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -640,7 +639,7 @@ def fast(step: Callable[[], torch.Tensor], device: torch.device, compiled: bool)
     """`step` as a long loop should call it: compiled with --compile; on a GPU recorded, all kernels in one launch.
 
     A recorded step replays on the tensors it has seen, so `step` takes no arguments, keeps its state in place, draws
-    random numbers on the device and returns one tensor. Its first three calls run as they are, for the warm-up.
+    random numbers on the device and returns one tensor. Its first three calls run as they are: CUDA's warm-up.
     """
     if compiled:
         step = torch.compile(step, options={"fallback_random": True})  # eager mode's random numbers
@@ -774,9 +773,7 @@ def open_run(args: Args) -> Path:
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True
-        )
+        wandb.init(id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     print(f"run folder: {run_dir}", flush=True)
     return run_dir
 

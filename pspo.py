@@ -74,13 +74,13 @@ class Args:
     quick: bool = False  # a setting of MuJoCo's and your own tasks that one CPU core does in minutes
     seed: int = 1  # of every random generator
     # The pool of dynamics models
-    pool_size: int = 100  # models, each trained on its own bootstrap of the data (paper)
+    pool_size: int = 100  # models (paper), each trained on its own bootstrap of the data (ours)
     active_models: int = 10  # N, drawn from the pool anew every 1,000 iterations (paper; how often: ours)
     dynamics_hidden: int = 512  # units of a hidden layer (paper; hopper 256)
     dynamics_layers: int = 4  # hidden layers (PMDB)
     dynamics_batch: int = 512  # rows per update and model (paper; hopper 256)
     dynamics_epochs: int = 1000  # passes over the data (paper); 0: those of 50,000 updates, at most 200
-    dynamics_lr: float = 1e-4  # AdamW, cosine to zero (PMDB)
+    dynamics_lr: float = 1e-4  # AdamW (PMDB), cosine to zero (ours)
     learn_termination: bool = False  # models predict the end from `terminals`, also where the task's rule is known
     # The posterior, Eqs. (3) and (4)
     likelihood_coef: float = 1.0  # λ (paper); 0 is its ablation "Average Utilization"
@@ -89,7 +89,7 @@ class Args:
     gamma: float = 0.99  # γ (paper)
     iterations: int = 2_000_000  # a rollout step, a critic update and a policy update each (PMDB)
     batch_size: int = 256  # rows per update, half of the data, half of the models (paper; half: PMDB)
-    hidden: int = 256  # units in each of two hidden layers of policy and critics (paper)
+    hidden: int = 256  # units in each of two hidden layers of policy (paper) and critics
     layer_norm: bool = True  # in the critics: steadier far from the data, less exact where values have cliffs (ours)
     actor_lr: float = 3e-5  # cosine to zero over the iterations (PMDB; cosine: ours)
     critic_lr: float = 3e-4  # η_t of Eq. (6), cosine to zero (PMDB; cosine: ours)
@@ -106,12 +106,11 @@ class Args:
     eval_episodes: int = 10  # of each; 0 trains and saves without an environment
     final_episodes: int = 100  # of the reported score
     runs_dir: str = "runs"  # the run's folder is made in here
-    resume: str = ""  # run folder to go on with; how-flags and a moved --dataset-path may be given again
+    resume: str = ""  # run folder to go on with; of other flags only those after this one, and a moved --dataset-path
     num_threads: int = 1  # CPU threads (0: all cores; small networks are fastest on one)
     cuda: bool = True  # use a GPU if there is one
     compile: bool = False  # torch.compile the steps (needs a C++ compiler); a minute to start
-    track: bool = False  # also log to Weights & Biases
-    wandb_project: str = "pspo"  # its project
+    track: bool = False  # also log to Weights & Biases (into the project $WANDB_PROJECT)
 
 
 SETTINGS = {
@@ -128,7 +127,7 @@ QUICK = dict(
     dynamics_lr=4e-3, gamma=0.997, hidden=128, actor_lr=1e-4, target_rate=0.04, average_rate=5e-4, iterations=20_000,
     behaviour_updates=30_000, action_samples=4, eval_every=2_000,
 )  # fmt: skip
-HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track", "wandb_project")  # may change on --resume
+HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track")  # may change on --resume
 
 
 # --- Equations ---
@@ -153,7 +152,7 @@ def sample_models(log_belief: torch.Tensor, shape: tuple[int, ...]) -> torch.Ten
 
 def bellman_target(reward, terminal, next_value, gamma: float) -> torch.Tensor:
     """y of Eq. (6): r + γ V(s'), and r alone where the episode ends; any shape."""
-    return reward + gamma * torch.where(terminal, torch.zeros_like(next_value), next_value)
+    return reward + gamma * next_value.masked_fill(terminal, 0.0)
 
 
 def soft_value(q: torch.Tensor, log_weights: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -200,13 +199,8 @@ def cosine(update: int, updates: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (update - 1) / updates))
 
 
-def terminal_hopper(obs: torch.Tensor) -> torch.Tensor:
-    height, angle = obs[..., 0], obs[..., 1]
-    return ~(obs.isfinite().all(-1) & (obs[..., 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
-
-
 TERMINAL = {  # the environments' own rules: next states (..., obs) → terminal (...); another's is learnt
-    "hopper": terminal_hopper,
+    "hopper": lambda obs: ~((obs[..., 1:].abs() < 100).all(-1) & (obs[..., 0] > 0.7) & (obs[..., 1].abs() < 0.2)),
     "walker2d": lambda obs: ~((obs[..., 0] > 0.8) & (obs[..., 0] < 2.0) & (obs[..., 1].abs() < 1.0)),
     "halfcheetah": lambda obs: torch.zeros_like(obs[..., 0], dtype=torch.bool),
     "liquidation": lambda obs: (obs[..., 0] > 19.5) | (obs[..., 1] < 0.1),  # t' = 20, predicted with a small error
@@ -359,10 +353,10 @@ def empty_pool(args: Args, data: dict[str, torch.Tensor], rule: Callable | None)
     return Dynamics(args.pool_size, *sizes, rule).to(data["rewards"].device)
 
 
-def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | None) -> tuple[Dynamics, dict]:
+def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | None) -> Dynamics:
     """A pool on `data`, columns (n, ...) on the device; each member keeps its epoch with the least held-out error.
 
-    Returns the pool and a report: explained variance of (r, s'), 1 − Var(error) / Var, on rows held out.
+    Prints the explained variance of (r, s'), 1 − Var(error) / Var, on rows held out.
     """
     obs, device = data["observations"], data["observations"].device
     inputs = torch.cat([obs, data["actions"]], -1)  # (n, obs+act)
@@ -379,6 +373,7 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | N
     order = torch.randperm(len(obs), device=device)
     num_held_out = min(len(obs) // 10 + 1, 5000)
     held_out, train = order[:num_held_out], order[num_held_out:]
+    held_out = held_out[known[held_out]]
     bootstrap = torch.randint(len(train), (args.pool_size, len(train)), device=device, dtype=torch.int32)
     optimizer = adam(pool.net, args.dynamics_lr, weight_decay=7.5e-5)
 
@@ -397,7 +392,7 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | N
     @torch.no_grad()
     def held_out_errors() -> torch.Tensor:
         target = (outputs[held_out] - pool.output_mean) / pool.output_std
-        return (weight[held_out] * (pool.standardised(inputs[held_out])[0] - target)).cpu()  # (pool, held out, 1+obs)
+        return (pool.standardised(inputs[held_out])[0] - target).cpu()  # (pool, held out, 1+obs)
 
     step, updates = fast(learn, device, args.compile), max(1, len(train) // args.dynamics_batch)  # of a pass
     epochs = args.dynamics_epochs or min(200, max(1, 50_000 // updates))  # few rows need many passes
@@ -418,8 +413,9 @@ def train_dynamics(args: Args, data: dict[str, torch.Tensor], rule: Callable | N
     # Of what is constant: the error itself
     variance = torch.where(variance > 1e-6, variance, torch.ones_like(variance))
     explained = 1 - held_out_errors().var(1) / variance  # (pool, 1+obs)
-    pool.requires_grad_(False)
-    return pool, dict(explained_variance=explained.mean(0).tolist())
+    reward, *state = (f"{100 * x:.1f}%" for x in explained.mean(0).tolist())
+    print(f"on held-out rows the models explain {reward} of the reward's variance, the state's {', '.join(state)}")
+    return pool.requires_grad_(False)
 
 
 # --- The algorithm ---
@@ -638,16 +634,6 @@ class PSPO(nn.Module):
         belief = self.log_belief().exp()[:, None]
         average = (belief * target).sum(0)
         return average.cpu(), (belief * (target - average).square()).sum(0).sqrt().cpu()
-
-
-def check_rule(rule: Callable, data: "Dataset") -> None:
-    """The task's rule and the data's terminals must agree: training would be on something else than it seems."""
-    ended, told = rule(torch.as_tensor(data.columns["next_observations"])).numpy(), data.columns["terminals"]
-    wrong = ((ended != told) & data.columns["known"]).sum()
-    if wrong > 0.05 * (ended | told).sum():
-        what = f"the task's rule ends {ended.sum():,} rows, the data's terminals {told.sum():,}, {wrong:,} differ"
-        why = "normalised observations? terminals and timeouts mixed up? an environment that does not end?"
-        sys.exit(f"{data.source}: {what} ({why}): --learn-termination believes the data")
 
 
 # --- The paper ends here. Tasks and data ---
@@ -895,6 +881,16 @@ def doubts(data: Dataset, env: gym.Env | None, args: Args, spec) -> list[str]:
     return notes
 
 
+def check_rule(rule: Callable, data: Dataset) -> None:
+    """The task's rule and the data's terminals must agree: training would be on something else than it seems."""
+    ended, told = rule(torch.as_tensor(data.columns["next_observations"])).numpy(), data.columns["terminals"]
+    wrong = ((ended != told) & data.columns["known"]).sum()
+    if wrong > 0.05 * (ended | told).sum():
+        what = f"the task's rule ends {ended.sum():,} rows, the data's terminals {told.sum():,}, {wrong:,} differ"
+        why = "normalised observations? terminals and timeouts mixed up? an environment that does not end?"
+        sys.exit(f"{data.source}: {what} ({why}): --learn-termination believes the data")
+
+
 # --- Evaluation and running ---
 
 
@@ -935,7 +931,7 @@ def fast(step: Callable[[], torch.Tensor], device: torch.device, compiled: bool)
     """`step` as a long loop should call it: compiled with --compile; on a GPU recorded, all kernels in one launch.
 
     A recorded step replays on the tensors it has seen, so `step` takes no arguments, keeps its state in place, draws
-    random numbers on the device and returns one tensor. Its first three calls run as they are, for the warm-up.
+    random numbers on the device and returns one tensor. Its first three calls run as they are: CUDA's warm-up.
     """
     if compiled:
         step = torch.compile(step, options={"fallback_random": True})  # eager mode's random numbers
@@ -1069,9 +1065,7 @@ def open_run(args: Args) -> Path:
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project, id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True
-        )
+        wandb.init(id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     print(f"run folder: {run_dir}", flush=True)
     return run_dir
 
@@ -1149,15 +1143,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.resume:
         learner = PSPO(args, columns, empty_pool(args, columns, rule))
-        saved = restore(run_dir, learner, data)
-        rows, pool_report = saved["rows"], saved["dynamics"]
+        rows = restore(run_dir, learner, data)["rows"]
     else:
-        pool, pool_report = train_dynamics(args, columns, rule)
-        reward, *state = (f"{100 * x:.1f}" for x in pool_report["explained_variance"])
-        print(
-            f"on held-out rows the models explain {reward}% of the reward's variance, the state's {', '.join(state)}%"
-        )
-        learner, rows = PSPO(args, columns, pool), []
+        learner, rows = PSPO(args, columns, train_dynamics(args, columns, rule)), []
         learner.clone_behaviour()
         learner.redraw()
     (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2) + "\n")
@@ -1187,20 +1175,18 @@ def main() -> None:
         rows.append(row)
         sums = 0
         write_log(rows, run_dir, writer)
-        save(checkpoint(learner, data, rows) | dict(dynamics=pool_report), run_dir / "checkpoint.pt")
+        save(checkpoint(learner, data, rows), run_dir / "checkpoint.pt")
 
     about = dict(script=Path(__file__).stem, env_id=args.env_id)  # docs/your_own.md has the lines that play it
     about |= dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
     save(about | learner.average.file(), run_dir / "actor.pt")
-    result = dict(dynamics=pool_report)
+    result = {}
     if env is not None:
-        acts = dict(
-            sampled=lambda obs: learner.average.act(obs, std=1.0), last=learner.actor.act, clone=learner.behaviour.act
-        )
+        acts = dict(sampled=lambda obs: learner.average.act(obs, std=1.0), clone=learner.behaviour.act)
         for name, act in acts.items():
             result[name] = summary(evaluate(act, env, args.final_episodes, args.seed + 20_000)[1], task)
         scores = ", ".join(f"{result[name]['score']:.1f}" for name in acts)
-        print(f"sampled actions, the last π instead of its average, μ: {scores}")
+        print(f"sampled actions, μ: {scores}")
     others = report(args, data, env, learner.average.act, result, run_dir, begun)
     plot(run_dir / "figure.png", args, data, learner, rows, others)
 

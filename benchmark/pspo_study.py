@@ -165,17 +165,17 @@ def run(variant: str, pools: Path, flags: list[str]) -> None:
     """
     train = pspo.train_dynamics
 
-    def cached(args: pspo.Args, data: dict[str, torch.Tensor], rule) -> tuple[pspo.Dynamics, dict]:
+    def cached(args: pspo.Args, data: dict[str, torch.Tensor], rule) -> pspo.Dynamics:
         sizes = args.pool_size, args.dynamics_hidden, args.dynamics_layers, args.dynamics_epochs, len(data["rewards"])
         path = pools / f"{args.env_id}_{args.seed}_{'_'.join(map(str, sizes))}.pt".replace("/", "_")
         if path.exists():
             saved, pool = torch.load(path, weights_only=True), pspo.empty_pool(args, data, rule)
             pool.load_state_dict(saved["pool"])
             torch.set_rng_state(saved["rng"])
-            return pool.requires_grad_(False), saved["report"]
-        pool, report = train(args, data, rule)
-        pspo.save(dict(pool=pool.state_dict(), report=report, rng=torch.get_rng_state()), path)
-        return pool, report
+            return pool.requires_grad_(False)
+        pool = train(args, data, rule)
+        pspo.save(dict(pool=pool.state_dict(), rng=torch.get_rng_state()), path)
+        return pool
 
     def cut(args: pspo.Args) -> tuple:
         arrays, source, spec = load(args)
@@ -249,7 +249,7 @@ def poisoned(seed: int, variant: str, iterations: int = 10_000) -> dict[str, flo
     data = pspo.make_dataset(liquidation_env.behaviour_dataset(args.dataset_episodes, seed), f"generated, seed {seed}")
     columns = {key: torch.as_tensor(column) for key, column in data.columns.items()}
     torch.manual_seed(seed)
-    pool, _ = pspo.train_dynamics(args, columns, pspo.TERMINAL["liquidation"])
+    pool = pspo.train_dynamics(args, columns, pspo.TERMINAL["liquidation"])
     pool.net.biases[-1][:3, :, 3] += 0.2 / pool.output_std[3]  # outputs: reward, Δt, Δm, Δp
     learner, env = VARIANTS[variant](args, columns, pool), pspo.make_env(args)
     learner.clone_behaviour()

@@ -310,11 +310,11 @@ def train_pool(state, args, data, rule, tape):
         log_std = 1 - (1 + (1 - out[width:-1]).exp()).log()
         return out[:width], -6 + (1 + (log_std + 6).exp()).log(), out[-1]
 
-    def errors(member, row):  # of a state that is not known: none
-        return (predicted(member, row)[0] - standard[row]) * (known[row] | (torch.arange(width) == 0))
+    def errors(member, row):
+        return predicted(member, row)[0] - standard[row]
 
     order, held = tape.take("randperm", rows, bound=rows), rows // 10 + 1
-    held_out, train = order[:held], order[held:]
+    held_out, train = order[:held][known[order[:held]]], order[held:]
     bootstrap = tape.take("randint", len(members), len(train), bound=len(train))
     adam, updates = Adam(state, "net.", decay=7.5e-5), len(train) // args.dynamics_batch
     least, best, best_epochs = [math.inf for _ in members], [None for _ in members], [0 for _ in members]
@@ -336,7 +336,7 @@ def train_pool(state, args, data, rule, tape):
         share = (1 + math.cos(math.pi * update / (args.dynamics_epochs * updates))) / 2
         adam.step(state, loss, args.dynamics_lr * share)
         for member in members if (update + 1) % updates == 0 else ():
-            error = sum((errors(member, row) ** 2).sum() for row in held_out) / (held * width)
+            error = sum((errors(member, row) ** 2).sum() for row in held_out) / (len(held_out) * width)
             if error < least[member]:
                 least[member], best_epochs[member] = error, update // updates
                 best[member] = {name: state[name][member] for name in adam.names}

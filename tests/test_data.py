@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import re
 import threading
 from dataclasses import replace
 
@@ -363,7 +364,7 @@ def test_actions_at_and_without_bounds():
 # --- Units ---
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 @pytest.mark.parametrize("what", ["rewards", "features"])
-def test_units_change_nothing_but_units(what, factor):
+def test_units_change_nothing_but_units(what, factor, capsys):
     arrays = columns((60, 50, 40), ("terminal", "timeout", "terminal"))
     arrays["observations"][:, 2] = arrays["next_observations"][:, 2] = 3.0  # a constant
     keys = ("rewards",) if what == "rewards" else ("observations", "next_observations")
@@ -379,10 +380,10 @@ def test_units_change_nothing_but_units(what, factor):
     for data in (one, other):
         torch.manual_seed(0)
         table = {key: torch.as_tensor(x) for key, x in data.columns.items()}
-        pool, report = pspo.train_dynamics(args, table, None)
-        learner = pspo.PSPO(args, table, pool)
-        results.append((report["explained_variance"], learner.reward_scale, learner.value_bounds))
-    assert results[1][0] == pytest.approx(results[0][0], abs=1e-3) and min(results[0][0]) < 1
+        learner = pspo.PSPO(args, table, pspo.train_dynamics(args, table, None))
+        explained = [float(x) for x in re.findall(r"([-\d.]+)%", capsys.readouterr().out)]
+        results.append((explained, learner.reward_scale, learner.value_bounds))
+    assert results[1][0] == pytest.approx(results[0][0], abs=0.15) and min(results[0][0]) < 99
     assert results[1][1] == pytest.approx(results[0][1] * reward) and results[1][2] == pytest.approx(results[0][2])
 
 

@@ -105,24 +105,28 @@ def test_iterations_are_the_equations(case, exact, monkeypatch):
         plain.assert_same(learner, written.state)
 
 
-@pytest.mark.parametrize("known_rule, seed", [(True, 0), (False, 11)])
-def test_training_of_the_pool_is_maximum_likelihood(known_rule, seed, exact, monkeypatch):
-    """The whole of train_dynamics on 14 rows against plain.py; some member's best epoch is not its last."""
+@pytest.mark.parametrize("known_rule, seed", [(True, 9), (False, 0)])
+def test_training_of_the_pool_is_maximum_likelihood(known_rule, seed, exact, monkeypatch, capsys):
+    """The whole of train_dynamics on 20 rows against plain.py; some member's best epoch is not its last."""
     settings = dict(dynamics_batch=4, dynamics_epochs=5, dynamics_lr=0.3)
-    args, data, rule = pspo.Args(**TINY | settings), toy(14), first_above if known_rule else None
+    args, data, rule = pspo.Args(**TINY | settings), toy(20), first_above if known_rule else None
     data["next_observations"][:, 2] = data["observations"][:, 2]  # a column that stays as it is
-    data["next_observations"][~data["known"]] = torch.tensor([[-1e3], [1e3]])  # placeholders, which no model may learn
+    data["next_observations"][~data["known"]] = torch.tensor(
+        [[-1e3], [1e3], [5e2]]
+    )  # placeholders, which no model may learn
     pool, tape = pspo.empty_pool(args, data, rule), plain.Tape()
     state = copy.deepcopy(dict(pool.state_dict()))
     monkeypatch.setattr(pspo, "empty_pool", lambda *_: pool)
-    torch.manual_seed(seed)  # with 11 a row whose next state is unknown is held out
+    torch.manual_seed(seed)  # with 0 a row whose next state is unknown is held out
     with tape.recording(monkeypatch):
-        trained, report = pspo.train_dynamics(args, data, rule)
+        trained = pspo.train_dynamics(args, data, rule)
     assert trained is pool and not any(p.requires_grad for p in pool.parameters())
     explained, best_epochs = plain.train_pool(state, args, data, rule, tape)
     assert min(best_epochs) < 4 and len(set(best_epochs)) > 1 and not tape.drawn  # else the data have to be others
     plain.assert_same(pool, state)
-    assert report["explained_variance"] == pytest.approx(explained.mean(0).tolist(), abs=1e-7)
+    reward, *state = (f"{100 * x:.1f}%" for x in explained.mean(0).tolist())
+    told = f"explain {reward} of the reward's variance, the state's {', '.join(state)}\n"
+    assert capsys.readouterr().out.endswith(told)
 
 
 @pytest.mark.parametrize("rows, passes", [(20, 200), (2_000, 50_000 // (1_799 // 4))])
@@ -151,8 +155,8 @@ def test_behaviour_cloning_is_maximum_likelihood(exact, monkeypatch):
 
 
 def test_main_redraws_lowers_rates_and_evaluates_the_average(tmp_path, monkeypatch):
-    """The loop of a run: N models anew every 1,000 iterations; both rates' cosines; rows of
-    means; what is evaluated, reported and saved is the average of π."""
+    """The loop of a run: N models anew every 1,000 iterations; both rates' cosines; rows of means; what is evaluated,
+    reported and saved is the average of π."""
     seen, redrawn, asked, kept, redraw = [], [], [], [], pspo.PSPO.redraw
 
     def iterate(self):
@@ -184,8 +188,8 @@ def test_main_redraws_lowers_rates_and_evaluates_the_average(tmp_path, monkeypat
     learner, rows = kept
     assert [(row["iteration"], row["policy/eta"]) for row in rows] == [(700, 350.5), (1400, 1050.5), (2100, 1750.5)]
     assert all((row["eval/return"], row["eval/score"]) == (0.5, pytest.approx(50 / 135)) for row in rows)
-    average, last, mu = learner.average, learner.actor, learner.behaviour
-    final = [(policy, 4, 20_003) for policy in ("sampled", last, mu, average)]
+    average, mu = learner.average, learner.behaviour
+    final = [(policy, 4, 20_003) for policy in ("sampled", mu, average)]
     assert asked == [(average, 2, 10_003)] * 3 + final
     saved = torch.load(next(tmp_path.iterdir()) / "actor.pt")
     assert torch.equal(saved["layers"][-1]["bias"], average.net.biases[-1][0, 0])
@@ -298,7 +302,7 @@ EDGES = {  # task: states that are alive, states that are not; entries that are 
         [(0.71, 0.0), (1.2, 0.19), (1.2, -0.19), (1.2, 0, 99.9), (1.2, 0, -99.9), (500.0, 0)],
         [(0.7, 0), (1.2, 0.2), (1.2, -0.2), (1.2, 0, 100.0), (1.2, 0, -101.0), (1.2, 0, 0, 0, 0, 0, -1e6), (NAN, 0)],
     ),
-    "hopper, not finite": ([], [(1.2, NAN), (1.2, 0, NAN), (INF, 0), (1.2, 0, -INF)]),
+    "hopper, not finite": ([], [(1.2, NAN), (1.2, 0, NAN), (1.2, 0, -INF)]),
     "walker2d": (
         [(0.81, 0), (1.99, 0), (1.2, 0.99), (1.2, -0.99), (1.2, 0, -1e4)],
         [(0.8, 0), (2.0, 0), (1.2, 1.0), (1.2, -1.0), (-150.0, 0), (NAN, 0), (1.2, NAN)],
@@ -392,7 +396,7 @@ def small():
     """(data, pool): never changed by a test."""
     torch.manual_seed(0)
     data = liquidation_data(500, seed=0)
-    return data, pspo.train_dynamics(pspo.Args(**SMALL), data, RULE)[0]
+    return data, pspo.train_dynamics(pspo.Args(**SMALL), data, RULE)
 
 
 def learner_of(small, pool=None, **settings):

@@ -264,10 +264,10 @@ def test_resume_with_and_without_tracking(script, tmp_path, no_figure, monkeypat
     (tmp_path / "lib" / "wandb.py").write_text("calls = []\ndef init(**words):\n    calls.append(words)\n")
     with monkeypatch.context() as patch:
         patch.syspath_prepend(tmp_path / "lib")
-        run_dir = train(script, tmp_path / "runs", track=True, wandb_project="mine")
+        run_dir = train(script, tmp_path / "runs", track=True)
         main(script, "--resume", run_dir)
         one, two = sys.modules.pop("wandb").calls
-    assert one["id"] == two["id"] == run_dir.name and two["resume"] == "allow" and one["project"] == "mine"
+    assert one["id"] == two["id"] == run_dir.name and two["resume"] == "allow"
     monkeypatch.setattr(script, "find_spec", lambda name: None if name == "wandb" else name)
     assert "pip install wandb" in refused(script, "--resume", run_dir)
     main(script, "--resume", run_dir, "--no-track")
@@ -347,7 +347,7 @@ CHANGES = {
 }  # fmt: skip
 RARE = dict(eval_every=1000)  # one evaluation, for speed; it may not come before a whole online episode
 SEEN_ELSEWHERE = {  # by the tests above and below; a GPU's and a compiler's flags need them
-    "env_id", "dataset_path", "eval_env_id", "quick", "runs_dir", "resume", "num_threads", "track", "wandb_project",
+    "env_id", "dataset_path", "eval_env_id", "quick", "runs_dir", "resume", "num_threads", "track",
     "cuda", "compile",
 }  # fmt: skip
 
