@@ -107,7 +107,7 @@ class Args:
     final_episodes: int = 100  # of the reported score
     runs_dir: str = "runs"  # the run's folder is made in here
     resume: str = ""  # run folder to go on with; of other flags only those after this one, and a moved --dataset-path
-    num_threads: int = 1  # CPU threads (0: all cores; small networks are fastest on one)
+    num_threads: int = 1  # CPU threads (0: all cores)
     cuda: bool = True  # use a GPU if there is one
     compile: bool = False  # torch.compile the steps (needs a C++ compiler); a minute to start
     track: bool = False  # also log to Weights & Biases (into the project $WANDB_PROJECT)
@@ -725,7 +725,7 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     if name not in D4RL:
         return arrays, path.name, None
     with open(path, "rb") as file:
-        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
+        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1] or "unknown")
     return arrays, f"{path.name} ({'' if genuine else 'not '}D4RL's file)", None
 
 

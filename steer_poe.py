@@ -89,7 +89,7 @@ class Args:
     # Evaluation and running
     eval_episodes: int = 25  # of every α, the same starts for all; 0 steers and saves without an environment
     runs_dir: str = "runs"  # the run's folder is made in here
-    num_threads: int = 1  # CPU threads (0: all cores; small networks are fastest on one)
+    num_threads: int = 1  # CPU threads (0: all cores)
     cuda: bool = True  # learn on a GPU if there is one
 
 
@@ -550,7 +550,7 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     if name not in D4RL:
         return arrays, path.name, None
     with open(path, "rb") as file:
-        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
+        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1] or "unknown")
     return arrays, f"{path.name} ({'' if genuine else 'not '}D4RL's file)", None
 
 

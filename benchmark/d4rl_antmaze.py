@@ -1,6 +1,6 @@
 """D4RL's AntMaze as Gymnasium environments, to evaluate what was learnt from D4RL's AntMaze data.
 
-    pip install gymnasium-robotics==1.4.2 mujoco==3.6.0      # 1.4.2 does not start with MuJoCo 4
+    pip install gymnasium-robotics==1.4.2
     python iql.py --env-id antmaze-umaze-v2 --eval-env-id benchmark.d4rl_antmaze:D4RLAntMaze-umaze-v0
 
 Ids: D4RLAntMaze-umaze-v0, -medium-v0 and -large-v0, for the data of that maze; run it from the repository's root. Made

@@ -126,8 +126,8 @@ def plan(args: Args, table: str) -> tuple[list[Job], list[str]]:
         for seed, (method, (script, flags)) in itertools.product(args.seeds, METHODS[table].items()):
             if name != "liquidation" and script == "pspo" and not args.full:
                 flags = ("--quick", *flags)
-            if name != "liquidation" and script == "iql":
-                flags = ("--normalize-observations", *(() if args.full else ("--iterations", "100000")), *flags)
+            if name != "liquidation" and script == "iql" and not args.full:
+                flags = ("--normalize-observations", "--iterations", "100000", *flags)
             flags = (*flags, "--compile") if args.compile else flags
             where = args.runs_dir / script / name / ("".join(flags).lstrip("-") or "default") / f"seed{seed}"
             jobs.append(Job(name, method, script, flags, seed, where.absolute()))
@@ -233,7 +233,7 @@ def table_text(table: str, jobs: list[Job]) -> str:
         for result in [*itertools.chain(*cells.get("liquidation", {}).values())][:1]:
             rows.append(["exact optimum", f"{result['optimum_score']:.1f}", f"{result['optimum']:.1f}", "100", "", ""])
             rows.append(["behaviour in the data", f"{result['behaviour']:.1f}", "", "", "", ""])
-    elif table == "table3":
+    else:
         rows = [["data set", "PSPO", *(x for name in LOST for x in (name, "% lost", "% lost, paper"))]]
         for data, row in cells.items():
             task, level = data.removesuffix("-v2").split("-", 1)
@@ -242,13 +242,6 @@ def table_text(table: str, jobs: list[Job]) -> str:
                 full, without = (np.mean(column(row[key]) or [math.nan]) for key in ("PSPO", name))
                 here, paper = f"{100 * (1 - without / full):.1f}", str(lost[task][pspo.LEVELS.index(level)])
                 rows[-1] += [mean_ci(column(row[name])), here.replace("nan", "–"), paper]
-    else:
-        rows = [["data set", "goal", "α", "objective gained", "% of the possible gain", "return gained"]]
-        for (data, row), goal in itertools.product(cells.items(), METHODS[table]):
-            chosen = [next(x for x in result["rows"] if x["alpha"] == result["alpha"]) for result in row[goal]]
-            alpha, *gains = (mean_ci(column(chosen, key), 2) for key in ("alpha", "objective_gain", "return_gain"))
-            share = mean_ci([100 * x for x in column(row[goal], "share_of_possible_gain")])
-            rows.append([label(data, row[goal]), goal, alpha, gains[0], share, gains[1]])
     commands = dict.fromkeys(f"{job.method}: `{' '.join([f'{job.script}.py', *job.flags])}`" for job in jobs)
     done = f"{sum(job.state() == 'done' for job in jobs)} of {len(jobs)} runs are in"
     about = f"{table}: {done}; mean ± 95% interval over seeds (how many). {'; '.join(commands)}."
@@ -262,7 +255,7 @@ def compare(folders: list[Path]) -> str:
     results, runs = [read(folder) for folder in sorted(finished)], {}
     for result in results:
         runs.setdefault((result["env_id"], result["script"]), []).append(result)
-    digits = dict(score=1, share_of_optimum=3, share_of_possible_gain=3, minutes=1)
+    digits = dict(score=1, share_of_optimum=3, minutes=1)
     keys = {key: n for key, n in digits.items() if any(key in result for result in results)}
     rows = [["task", "script", "differing flags", *(key.replace("_", " ") for key in keys)]]
     for (env_id, script), results in sorted(runs.items()):

@@ -44,7 +44,6 @@ class Args:
     only: str = ""  # measure only steps whose name contains this
     corl: str = ""  # checkout of CORL
     unifloral: str = ""  # checkout of unifloral; PYTHONPATH must have jax, flax, optax and distrax
-    cpu_time: bool = False  # count processor time instead, on one thread: for a machine with other work
     gpu: bool = False  # the steps on a GPU
     dry: bool = False  # tiny sizes, and --gpu on the CPU: does it run?
     worker: str = ""  # internal: the implementation to serve
@@ -171,15 +170,15 @@ UPDATES = {"unifloral": 20}  # in one call, as it trains
 SIDES = dict(floor=floor, ours=ours, corl=corl, unifloral=unifloral)
 
 
-def window(step: Callable, clock: Callable[[], float] = time.perf_counter, wait: Callable = lambda: None) -> float:
+def window(step: Callable, wait: Callable = lambda: None) -> float:
     """ms of a step, mean over half a second, as in a long loop: a few steps alone find cold caches."""
     wait()
-    begin, count = clock(), 0
-    while not count or clock() - begin < 0.5:
+    begin, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - begin < 0.5:
         step()
         wait()
         count += 1
-    return 1e3 * (clock() - begin) / count
+    return 1e3 * (time.perf_counter() - begin) / count
 
 
 def serve(args: Args) -> None:
@@ -190,9 +189,8 @@ def serve(args: Args) -> None:
         for step, _ in itertools.product(steps.values(), range(4)):  # the first compile
             step()
     print("ready", flush=True)
-    clock = time.process_time if args.cpu_time else time.perf_counter
     for _ in sys.stdin:
-        times = [[*names, window(step, clock) / UPDATES.get(names[1], 1)] for names, step in steps.items()]
+        times = [[*names, window(step) / UPDATES.get(names[1], 1)] for names, step in steps.items()]
         print(json.dumps(times), flush=True)
 
 
@@ -200,7 +198,7 @@ def interleaved(args: Args, threads: int, step: str) -> dict[str, float]:
     """Column → median ms. Only this step in a process: the compiler keeps eight versions of what steps share."""
     checkouts = dict(corl=args.corl, unifloral=args.unifloral)
     sides = {"floor": "", "ours": ""} | {side: path for side, path in checkouts.items() if path}
-    flags = [f"--threads={threads}", f"--only={step}", *["--dry"] * args.dry, *["--cpu-time"] * args.cpu_time]
+    flags = [f"--threads={threads}", f"--only={step}", *["--dry"] * args.dry]
     workers, times = [], {}
     for side, checkout in sides.items():
         path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
@@ -234,10 +232,8 @@ def on_cpu(args: Args) -> None:
         cells = [f"{ms[column]:.2f}" if column in ms else "" for column in columns]
         rows.append([step, str(threads), *cells, f"{min(ms['eager'], ms['compiled']) / ms['floor']:.2f}"])
     print(markdown(rows))
-    how = f"ms, {'processor' if args.cpu_time else 'wall-clock'} time, medians of {args.rounds} interleaved rounds"
-    print(
-        f"\n{how}; {os.cpu_count()} cores, load {before:.1f} to {os.getloadavg()[0]:.1f}, PyTorch {torch.__version__}"
-    )
+    where = f"{os.cpu_count()} cores, load {before:.1f} to {os.getloadavg()[0]:.1f}, PyTorch {torch.__version__}"
+    print(f"\nms, medians of {args.rounds} interleaved rounds; {where}")
 
 
 def on_gpu(args: Args) -> None:
