@@ -19,7 +19,6 @@ p*(t), solved here to four digits. Nobody can earn more than 137.48 (score 101.8
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import gymnasium as gym
 import numpy as np
@@ -116,7 +115,6 @@ gym.register(
 )
 
 
-@lru_cache
 def solve(discount: float = 1.0, **parameters: float) -> tuple[float, np.ndarray]:
     """The policy that is optimal for a discount in [0, 1]: what it earns undiscounted, and its boundary (horizon,)."""
     market, price = Market(**parameters), np.linspace(0.0, MAX_PRICE, 1001)

@@ -185,13 +185,13 @@ def gaussian_kl(mean_p, log_std_p, mean_q, log_std_q) -> torch.Tensor:
     return 0.5 * (ratio + ((mean_p - mean_q) * (-log_std_q).exp()).square() - 1 - ratio.log()).sum(-1)
 
 
-def beta_nll(mean, log_std, target, beta: float = 0.5) -> torch.Tensor:
+def beta_nll(mean, log_std, target) -> torch.Tensor:
     """Gaussian negative log-likelihood, each term times its (constant) variance^β (Seitzer et al., 2022): (...).
 
-    β = 0 is plain maximum likelihood, which learns nothing about a reward that is zero on most rows.
+    β = 1/2; plain maximum likelihood, β = 0, learns nothing about a reward that is zero on most rows.
     """
     nll = log_std + 0.5 * ((target - mean) * (-log_std).exp()).square()
-    return nll * (2 * beta * log_std).exp().detach()
+    return nll * log_std.exp().detach()
 
 
 def cosine(update: int, updates: int) -> float:

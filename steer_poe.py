@@ -78,7 +78,7 @@ class Args:
     alpha: float | Literal["budget"] = "budget"  # α in [0, 1); KL-Reg has β = α/(1−α); budget: the selector's
     kl_budget: float = 0.5  # the selector takes the largest α whose mean KL from the frozen actor is within this
     # Learning the prior
-    temperature: float = 0.3  # T of the prior's weights exp(A/T), A: the goal's advantage in standard deviations
+    temperature: float = 0.3  # T of exp(A/T), weights of prior and `awr`; A: the advantage in standard deviations
     weight_clip: float = 20.0  # largest of these weights
     gamma: float = 0.99  # γ of the advantage
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the observed return minus V, 0 a one-step error
@@ -280,7 +280,7 @@ class Actor(nn.Module):
         return dict(layers=layers, log_std=log_std, obs_mean=self.net.mean.cpu(), obs_std=self.net.std.cpu()) | squash
 
     def sha256(self) -> str:
-        """Of every number in it: the same hash, the same actor."""
+        """Of every number in it: training must not change one."""
         return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.state_dict().values())).hexdigest()
 
 
@@ -713,7 +713,10 @@ def play(
     act: Callable, env: gym.Env, task: str, weights: np.ndarray, episodes: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The goal's objectives (n,), weights · features summed over an episode, and returns (n,) of n episodes: the
-    first of each copy after reset(seed), so that two policies are compared in pairs; cut at 1,000 steps at most."""
+    first of each copy after reset(seed), so that two policies are compared in pairs.
+
+    An environment without a time limit is cut at 1,000 steps.
+    """
     mode = "sync" if env.spec.additional_wrappers else None  # an environment's own vectorised form takes none
     envs = gym.make_vec(env.spec, num_envs=episodes, vectorization_mode=mode)
     obs, _ = envs.reset(seed=seed)

@@ -526,17 +526,3 @@ def test_download(server, first, capsys, tmp_path):
     named = replace(ARGS, env_id="hopper-medium-v2", dataset_path=str(tmp_path / "original.hdf5"))
     assert iql.load_arrays(named)[1] == "original.hdf5 (D4RL's file)"
     assert "near: hopper-medium-v2" in refused(iql.load_arrays, replace(ARGS, env_id="hoper-medum-v2"))
-
-
-def test_without_a_network(server, monkeypatch):
-    have, _, file = server
-    have["/two/hopper.hdf5"] = b"not what it should be"
-    said = refused(iql.load_arrays, replace(ARGS, env_id="hopper-medium-v2"))
-    for words in (
-        f"put hopper.hdf5 into {file.parent}",
-        "$D4RL_DATASET_DIR",
-        "--dataset-path FILE",
-        "--env-id mujoco/",
-    ):
-        assert words in said
-    assert not file.exists()

@@ -215,87 +215,6 @@ def test_sample_models_frequencies():
         assert chi_square((4 * first + second).flatten(), pairs) < 37.7  # 99.9%, 15 degrees
 
 
-def test_bellman_target_masks_the_value_after_the_end():
-    """Eq. (6): y = r where the episode ends, even if the value there is NaN or infinite, and r + γ V(s') elsewhere."""
-    next_value = torch.tensor([math.nan, math.inf, 5.0, 5.0])
-    y = pspo.bellman_target(torch.ones(4), torch.tensor([True, True, True, False]), next_value, 0.9)
-    assert y.tolist() == pytest.approx([1, 1, 1, 5.5])
-
-
-def gaussian_pair():
-    """Two diagonal Gaussians over u, (mean, log-std) each, both (2,)."""
-    p = (torch.tensor([0.3, -0.5], dtype=F64), torch.tensor([-0.4, 0.2], dtype=F64))
-    return p, (torch.tensor([-0.2, 0.4], dtype=F64), torch.tensor([0.1, -0.6], dtype=F64))
-
-
-def test_gaussians_are_those_of_torch():
-    """Log-density and KL, which is not symmetric and 0 for p = q, against torch.distributions."""
-    p, q = gaussian_pair()
-    normals, u = (
-        [torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in (p, q)],
-        torch.randn(20, 2).double(),
-    )
-    torch.testing.assert_close(pspo.gaussian_log_prob(u, *p), normals[0].log_prob(u).sum(-1), rtol=0, atol=1e-12)
-    expected = [torch.distributions.kl_divergence(*pair).sum().item() for pair in (normals, normals[::-1])]
-    assert [pspo.gaussian_kl(*p, *q).item(), pspo.gaussian_kl(*q, *p).item()] == pytest.approx(expected, abs=1e-12)
-    assert abs(expected[0] - expected[1]) > 0.1 and abs(pspo.gaussian_kl(*p, *p).item()) < 1e-15
-
-
-def test_gaussian_kl_is_unchanged_by_tanh():
-    """KL of the actions a = tanh(u), whose density is p(u) / (1 − a²): integrated over a, it is the Gaussians' KL."""
-    p, q = gaussian_pair()
-    edges, total = torch.linspace(-1, 1, 400_001, dtype=F64), 0.0
-    a = (edges[1:] + edges[:-1])[:, None] / 2
-    for k in range(2):
-        moments = [(mean[k, None], log_std[k, None]) for mean, log_std in (p, q)]
-        log_p, log_q = (pspo.gaussian_log_prob(a.atanh(), *m) - torch.log1p(-(a[:, 0] ** 2)) for m in moments)
-        assert 2 * log_p.exp().mean().item() == pytest.approx(1, abs=1e-4)
-        total += 2 * (log_p.exp() * (log_p - log_q)).mean().item()
-    assert total == pytest.approx(pspo.gaussian_kl(*p, *q).item(), abs=1e-3)
-
-
-def test_gaussian_kl_bounds_that_of_clipped_actions():
-    """Clipping to [−1, 1] can only lose information: its density inside and its mass on both bounds, per dimension."""
-    p, q = (torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in gaussian_pair())
-    edges, one = torch.linspace(-1, 1, 400_001, dtype=F64)[:, None], torch.ones(1, dtype=F64)
-    u = (edges[1:] + edges[:-1]) / 2
-    log_p, log_q = p.log_prob(u), q.log_prob(u)
-    clipped = 2 * (log_p.exp() * (log_p - log_q)).mean(0)
-    for p_mass, q_mass in ((p.cdf(-one), q.cdf(-one)), (1 - p.cdf(one), 1 - q.cdf(one))):
-        clipped = clipped + p_mass * (p_mass / q_mass).log()
-    free = torch.distributions.kl_divergence(p, q)
-    assert (clipped > 0).all() and (clipped < free - 1e-3).all()
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_beta_nll_is_a_weighted_likelihood(beta):
-    """β = 0: −log N up to log √2π; β > 0: each term, hence each gradient, times σ^2β, not differentiated itself."""
-    mean, log_std, wanted = (torch.randn(50, 3, dtype=F64, requires_grad=grad) for grad in (True, True, False))
-    nll = -torch.distributions.Normal(mean, log_std.exp()).log_prob(wanted) - 0.5 * math.log(2 * math.pi)
-    loss, weight = pspo.beta_nll(mean, log_std, wanted, beta), log_std.detach().exp() ** (2 * beta)
-    torch.testing.assert_close(loss, weight * nll)
-    found, plain_ones = (torch.autograd.grad(x.sum(), (mean, log_std), retain_graph=True) for x in (loss, nll))
-    for a, b in zip(found, plain_ones, strict=True):
-        torch.testing.assert_close(a, weight * b)
-    assert torch.equal(pspo.beta_nll(mean, log_std, wanted), pspo.beta_nll(mean, log_std, wanted, 0.5))
-
-
-def test_policy_objective_gradient():
-    """Eq. (9): value by hand, and the gradient in the policy's mean and log-std against finite differences."""
-    one = torch.ones(2)
-    assert pspo.policy_objective(10 * one, 0.5, 2 * one, 3.0, one).item() == pytest.approx(10 - 1 - 3)
-    mu, previous = gaussian_pair()
-    noise = torch.randn(6, 2, dtype=F64)
-
-    def objective(mean, log_std):
-        q = -(mean + log_std.exp() * noise - 0.7).square().sum(-1)
-        kl_mu, kl_previous = (pspo.gaussian_kl(mean, log_std, *other) for other in (mu, previous))
-        return pspo.policy_objective(q, 0.4, kl_mu, 1.3, kl_previous)
-
-    policy = torch.randn(2, 6, 2, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(objective, (policy[0], policy[1]))
-
-
 INF, NAN = math.inf, math.nan
 EDGES = {  # task: states that are alive, states that are not; entries that are left out are 0
     "hopper": (
@@ -354,7 +273,7 @@ def test_mlp_starts_as_torchs_linear_layers_do():
             assert 0.9 < x.max() * fan_in**0.5 <= 1 and 0.9 < -x.min() * fan_in**0.5 <= 1 and (x[0] != x[1]).any()
 
 
-def test_actor_acts_by_its_mean_or_a_sample_and_so_does_its_file():
+def test_actor_acts_by_its_mean_or_a_sample():
     """The mean, clipped; a sample with std = 1; the log-std kept in [−5, 2]."""
     actor, obs = pspo.Actor(3, 2, 8), torch.randn(5, 3)
     actor.net.mean.fill_(0.5)
@@ -367,13 +286,6 @@ def test_actor_acts_by_its_mean_or_a_sample_and_so_does_its_file():
     torch.manual_seed(3)
     noise = torch.tensor([-5.0, 2.0]).exp() * torch.randn(5, 2)
     torch.testing.assert_close(torch.as_tensor(sample), (mean.detach() + noise).clamp(-1, 1))
-    saved = actor.file()
-    h = (obs - saved["obs_mean"]) / saved["obs_std"]
-    for i, layer in enumerate(saved["layers"]):
-        h = (h.relu() if i else h) @ layer["weight"] + layer["bias"]
-    torch.testing.assert_close(
-        torch.cat([mean, log_std], 1).detach(), torch.cat([h[:, :2], h[:, 2:].clamp(*saved["log_std_range"])], 1)
-    )
 
 
 # --- The learner ---

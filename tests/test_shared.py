@@ -71,5 +71,3 @@ def test_plain_python(name):
         part for node in nodes if isinstance(node, ast.Import) for alias in node.names for part in alias.name.split(".")
     }
     assert {name for name in names if re.match("_[a-z]", name)} == set()
-    functions = sum(isinstance(node, ast.FunctionDef) for node in nodes)
-    print(f"{name}: {len(TEXT[name].splitlines()):,} lines, {functions} functions")

@@ -148,24 +148,6 @@ def test_identity_on_ten_thousand_pairs(alpha, monkeypatch):
     assert min(steer_poe.identity_error(0.3, frozen, prior)) > 1e-4
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.9])
-def test_identity_is_about_modes_and_gaussian_means(alpha):
-    """log PoE(α) = (1−α) log KL-Reg(β), whatever the densities, so the *mode* is the same for any two experts. The
-    *mean* is too for Gaussians; for a prior with two humps it is not."""
-    u = torch.linspace(-12, 12, 24_001, dtype=F64)
-
-    def normal(mean, var):
-        return gaussian_log_prob(u[:, None], *gaussian(mean, var))
-
-    humps = torch.logaddexp(normal(2.0, 0.1), normal(-1.0, 0.3))
-    for log_prior, is_gaussian in ((normal(1.5, 0.5), True), (humps, False)):
-        log_frozen, beta = normal(0.3, 1.0), alpha / (1 - alpha)
-        pool, tilted = (1 - alpha) * log_frozen + alpha * log_prior, log_frozen + beta * log_prior
-        assert u[pool.argmax()] == u[tilted.argmax()]
-        means = moments(pool, u)[0], moments(tilted, u)[0]
-        assert (abs(means[0] - means[1]) < 1e-6) == is_gaussian
-
-
 def test_identity_ends_where_actions_are_sampled():
     """Sampled actions differ, for KL-Reg is surer by 1 + β; its KL from the actor is another too, so that one KL budget
     is not the same budget for both rules."""

@@ -518,26 +518,6 @@ def test_theorem_1_never_leaves_the_support_of_the_behaviour():
     assert (log_mu + q / 0.3).softmax(0)[2] == 0
 
 
-def test_theorem_1_as_the_scripts_objective():
-    """Theorem 1: Eq. (9) without its constraint is largest at π* ∝ μ exp(Q/α), and nowhere else."""
-    generator, alpha = torch.Generator().manual_seed(0), 0.3
-    q = torch.randn(5, 1, dtype=F64, generator=generator)  # five actions, one state
-    log_mu = torch.randn(5, 1, dtype=F64, generator=generator).log_softmax(0)
-    optimum = (q / alpha + log_mu).log_softmax(0)
-
-    def objective(log_pi):
-        divergence = (log_pi.exp() * (log_pi - log_mu)).sum(0)
-        return pspo.policy_objective((log_pi.exp() * q).sum(0), alpha, divergence, 0.0, torch.zeros(1))
-
-    assert objective(optimum).item() == pytest.approx(pspo.soft_value(q, log_mu, alpha).item())
-    logits = optimum.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(objective(logits.log_softmax(0)), logits)
-    assert gradient.abs().max() < 1e-12
-    for _ in range(50):
-        other = (optimum + 0.3 * torch.randn(5, 1, dtype=F64, generator=generator)).log_softmax(0)
-        assert objective(optimum) > objective(other)
-
-
 # --- Eq. (9): the step within a trust region ---
 
 
