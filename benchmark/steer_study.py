@@ -6,18 +6,16 @@
 
 Frozen, Prior-only, Additive(0.5), PoE and KL-Reg at five α, on the same starts and noise; then PoE at the α that the KL
 budget selects. A cell (prior, shift, goal) is HELP, HURT or FROZEN by the 95% percentile bootstrap interval of its
-episodes' paired differences to Frozen. --folder gets episodes.csv (a stopped study goes on from it), cells.csv,
-table.md. Degraded priors, shifts and references are readings of ours: docs/steer_poe.md.
+episodes' paired differences to Frozen. --folder gets episodes.csv, cells.csv and table.md. Degraded priors, shifts and
+references are readings of ours: docs/steer_poe.md.
 """
 
 import csv
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,10 +39,11 @@ class Args(steer_poe.Args):
     goal: tyro.conf.Suppress[str] = ""  # all of the task, or --goal-weights
     alpha: tyro.conf.Suppress[str] = "budget"
     runs_dir: tyro.conf.Suppress[str] = ""
+    rule: Literal["poe", "kl-reg"] = "poe"  # whose α the KL budget selects
     priors: Priors = ("clean",)  # what the prior is degraded to
     shifts: Shifts = ("none",)  # at deployment; friction and mass on MuJoCo, volatility and reversion on liquidation
     references: bool = False  # also Critic-Greedy and IQL-Guided, along the gradient of the goal's critic
-    folder: str = "runs/steer_study"  # results; what is in it is not played again
+    folder: str = "runs/steer_study"  # of the results
 
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -57,16 +56,6 @@ MODEL = {"friction": dict(friction=0.6), "mass": dict(mass=1.25)}  # factors on 
 MARKET = {"volatility": dict(sigma=0.3), "reversion": dict(theta=0.15)}  # liquidation: σ × 1.5, θ × 3
 EPSILONS = (0.001, 0.01, 0.05)
 GAMMA = 0.99  # of the value bound
-FREE = (
-    "priors",
-    "shifts",
-    "references",
-    "rule",
-    "kl_budget",
-    "num_threads",
-    "cuda",
-    "folder",
-)  # may change in a folder
 KEYS = ("prior", "shift", "goal", "rule", "alpha")
 
 
@@ -223,20 +212,6 @@ def classify(low: float, high: float) -> str:
 # --- The study ---
 
 
-def learned(args: Args, data: steer_poe.Dataset, goal_rewards: np.ndarray, actor, path: Path) -> Study:
-    """Actor, priors and critic: trained, or what the folder has of them."""
-    if not path.exists():
-        actor, priors, critic = steer_poe.learn(args, data, goal_rewards, actor)
-        files = dict(actor=actor.file(), priors=[prior.file() for prior in priors], critic=critic.state_dict())
-        steer_poe.save(files, path)
-    saved = torch.load(path, weights_only=True)
-    obs_dim, act_dim = data.columns["observations"].shape[1], data.columns["actions"].shape[1]
-    critic = steer_poe.Critic(obs_dim, act_dim, args.hidden, 1 + goal_rewards.shape[1]).requires_grad_(False)
-    critic.load_state_dict(saved["critic"])
-    actor, *priors = (steer_poe.read_actor(x, str(path), data) for x in (saved["actor"], *saved["priors"]))
-    return Study(actor, priors, critic)
-
-
 def summarise(episodes: dict[tuple, np.ndarray], chosen: dict[tuple, float], rule: str) -> list[dict]:
     """Per configuration: means of objective and return, paired differences to Frozen of the same cell, classes."""
     out = []
@@ -286,13 +261,7 @@ def main() -> None:
 
     folder = Path(args.folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in asdict(args).items() if key not in FREE}
-    settings = json.dumps(settings | dict(sha256=data.sha256), indent=2) + "\n"
-    if (folder / "args.json").exists() and (folder / "args.json").read_text() != settings:
-        sys.exit(f"{folder} has a study with other settings or data (args.json): choose another --folder")
-    (folder / "args.json").write_text(settings)
-    study = learned(args, data, goal_rewards, actor, folder / "learned.pt")
-    before = study.actor.sha256()
+    study = Study(*steer_poe.learn(args, data, goal_rewards, actor))
     if "wrong-goal" in args.priors and len(goals) < 2:
         sys.exit("--priors wrong-goal: there is only one goal")
     for shift in args.shifts:  # before anything is played
@@ -306,7 +275,7 @@ def main() -> None:
             _, prior = study.prior(args.rule, 0.0, number, kind, args.seed)
             chosen[kind, goal] = steer_poe.select_alpha(args.rule, args.kl_budget, frozen, prior(states))
 
-    # Episodes: what is whole in the file is not played again
+    # Episodes
     tasks = [
         (kind, shift, goal, rule, alpha)
         for kind in dict.fromkeys(args.priors)
@@ -316,39 +285,22 @@ def main() -> None:
             PAPER + [(args.rule, chosen[kind, goal])] * (chosen[kind, goal] > 0) + REFERENCES * args.references
         )
     ]
-    path, episodes = folder / "episodes.csv", {}
-    if path.exists():
-        for row in csv.DictReader(path.read_text().splitlines()):
-            if None not in row.values():  # else the process died while it wrote
-                key = (*(row[k] for k in KEYS[:4]), float(row["alpha"]))
-                episodes.setdefault(key, []).append((float(row["objective"]), float(row["return"])))
-    episodes = {key: np.array(x) for key, x in episodes.items() if len(x) == args.eval_episodes}
+    episodes = {}
+    for key in tqdm(tasks, desc="configurations", disable=None):
+        kind, shift, goal, rule, alpha = key
+        seed, number = args.seed + 20_000, goals.index(goal)
+        composed, prior = study.prior(rule, alpha, number, kind, seed)
+        act = steer_poe.steer(study.actor, prior, composed, alpha)
+        act = disturb(act, shift, obs.std(0), action.shape[1], seed)
+        shifted = shifted_env(env, shift)
+        played = steer_poe.play(act, shifted, task, weights[number], args.eval_episodes, seed)
+        episodes[key] = np.stack(played, 1)
+    with open(folder / "episodes.csv", "w", newline="") as file:
+        csv.writer(file).writerow((*KEYS, "episode", "objective", "return"))
+        for key, values in episodes.items():
+            csv.writer(file).writerows((*key, i, *map(float, x)) for i, x in enumerate(values))
 
-    def lines(key: tuple) -> list[tuple]:
-        return [(*key, i, *map(float, x)) for i, x in enumerate(episodes[key])]
-
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        csv.writer(file).writerows(
-            [(*KEYS, "episode", "objective", "return"), *(x for key in episodes for x in lines(key))]
-        )
-    os.replace(path.with_suffix(".tmp"), path)
-    with open(path, "a", newline="") as file:
-        for key in tqdm([key for key in tasks if key not in episodes], desc="configurations", disable=None):
-            kind, shift, goal, rule, alpha = key
-            seed, number = args.seed + 20_000, goals.index(goal)
-            composed, prior = study.prior(rule, alpha, number, kind, seed)
-            act = steer_poe.steer(study.actor, prior, composed, alpha)
-            act = disturb(act, shift, obs.std(0), action.shape[1], seed)
-            shifted = shifted_env(env, shift)
-            played = steer_poe.play(act, shifted, task, weights[number], args.eval_episodes, seed)
-            episodes[key] = np.stack(played, 1)
-            csv.writer(file).writerows(lines(key))
-            file.flush()
-    episodes = {key: episodes[key] for key in tasks}
-
-    # Tables and figures
-    if study.actor.sha256() != before:
-        sys.exit("the frozen actor has changed: this is a defect of steer_poe.py, please report it")
+    # Tables
     rows, generator = summarise(episodes, chosen, args.rule), torch.Generator().manual_seed(args.seed)
     noise = torch.randn(32, *frozen[0].shape, generator=generator, dtype=torch.float64)
     for row in rows:
