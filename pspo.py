@@ -200,7 +200,9 @@ def cosine(update: int, updates: int) -> float:
 
 
 TERMINAL = {  # the environments' own rules: next states (..., obs) → terminal (...); another's is learnt
-    "hopper": lambda obs: ~((obs[..., 1:].abs() < 100).all(-1) & (obs[..., 0] > 0.7) & (obs[..., 1].abs() < 0.2)),
+    "hopper": lambda obs: (
+        ~(obs.isfinite().all(-1) & (obs[..., 1:].abs() < 100).all(-1) & (obs[..., 0] > 0.7) & (obs[..., 1].abs() < 0.2))
+    ),
     "walker2d": lambda obs: ~((obs[..., 0] > 0.8) & (obs[..., 0] < 2.0) & (obs[..., 1].abs() < 1.0)),
     "halfcheetah": lambda obs: torch.zeros_like(obs[..., 0], dtype=torch.bool),
     "liquidation": lambda obs: (obs[..., 0] > 19.5) | (obs[..., 1] < 0.1),  # t' = 20, predicted with a small error

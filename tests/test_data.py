@@ -383,7 +383,7 @@ def test_units_change_nothing_but_units(what, factor, capsys):
         learner = pspo.PSPO(args, table, pspo.train_dynamics(args, table, None))
         explained = [float(x) for x in re.findall(r"([-\d.]+)%", capsys.readouterr().out)]
         results.append((explained, learner.reward_scale, learner.value_bounds))
-    assert results[1][0] == pytest.approx(results[0][0], abs=0.15) and min(results[0][0]) < 99
+    assert results[1][0] == pytest.approx(results[0][0], abs=0.101) and min(results[0][0]) < 99
     assert results[1][1] == pytest.approx(results[0][1] * reward) and results[1][2] == pytest.approx(results[0][2])
 
 
@@ -509,7 +509,7 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("first", ["has it", "404", "another file"])
-def test_download(server, first, capsys, tmp_path):
+def test_download(server, first, capsys, tmp_path, monkeypatch):
     have, content, file = server
     have["/two/hopper.hdf5"] = content
     if first != "404":
@@ -525,4 +525,6 @@ def test_download(server, first, capsys, tmp_path):
     assert iql.load_arrays(replace(ARGS, env_id="hopper-medium-v2"))[1] == "hopper.hdf5 (not D4RL's file)"
     named = replace(ARGS, env_id="hopper-medium-v2", dataset_path=str(tmp_path / "original.hdf5"))
     assert iql.load_arrays(named)[1] == "original.hdf5 (D4RL's file)"
+    monkeypatch.setitem(iql.D4RL, "hopper-medium-v2", ("gym_mujoco_v2/hopper.hdf5", ""))  # nobody knows its checksum
+    assert iql.load_arrays(named)[1] == "original.hdf5 (not D4RL's file)"
     assert "near: hopper-medium-v2" in refused(iql.load_arrays, replace(ARGS, env_id="hoper-medum-v2"))
