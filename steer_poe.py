@@ -46,6 +46,7 @@ from typing import Literal
 
 import gymnasium as gym
 import h5py
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -178,10 +179,6 @@ def identity_error(alpha: float, frozen: Gaussian, prior: Gaussian) -> tuple[flo
 
 # --- Goals: weights on features of observations and actions ---
 
-LOCOMOTION = ("velocity", "effort", "upright")
-FEATURES = {"liquidation": ("revenue", "early", "premium")} | dict.fromkeys(
-    ("hopper", "walker2d", "halfcheetah"), LOCOMOTION
-)
 WIDTHS = {"liquidation": 3, "hopper": 11, "walker2d": 17, "halfcheetah": 17}  # observations that have these features
 SPEEDS = {"speed": (1.0, 0.0, 0.0), "balanced": (1.0, -0.5, 1.0), "energy": (0.25, -1.0, 1.0)}
 GOALS = dict.fromkeys(("hopper", "walker2d", "halfcheetah"), SPEEDS) | {
@@ -211,11 +208,10 @@ def choose_goal(args: Args, width: int) -> tuple[str, np.ndarray]:
     """(task, weights (F,)) of data whose observations have `width` columns; task "" knows the columns only."""
     task = task_of(args.env_id)
     task = task if WIDTHS.get(task) == width else ""
-    names = ", ".join(FEATURES.get(task, (f"the {width} columns of the observation", "the mean squared action")))
     weights = np.array(args.goal_weights or GOALS.get(task, {}).get(args.goal, ()))
     if len(weights) != (3 if task else width + 1) or not np.isfinite(weights).all() or not weights.any():
         has = f"has the goals {', '.join(GOALS[task])}" if task else "has no goals of its own"
-        own = f"--goal-weights takes {3 if task else width + 1} numbers, not all 0, for {names}"
+        own = f"--goal-weights takes {3 if task else width + 1} numbers, not all 0: --help says of what"
         sys.exit(f"{args.env_id} with {width} observations {has}; {own}")
     return task, weights
 
@@ -279,56 +275,34 @@ class Actor(nn.Module):
         log_std = "head" if self.log_std is None else self.log_std.cpu()
         return dict(layers=layers, log_std=log_std, obs_mean=self.net.mean.cpu(), obs_std=self.net.std.cpu()) | squash
 
-    def sha256(self) -> str:
-        """Of every number in it: training must not change one."""
-        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in self.state_dict().values())).hexdigest()
 
-
-def read_actor(content, path: str, data: "Dataset") -> Actor:
-    """The actor that a file describes, for the sizes and bounds of the data; exits with the key that is wrong."""
-    content = dict(log_std_range=[-20.0, 2.0]) | content if isinstance(content, dict) else {}
+def read_actor(content: dict, data: "Dataset") -> Actor:
+    """The actor that a file describes (docs/your_own.md), for the sizes and bounds of the data; else an error."""
     obs_dim, act_dim = data.columns["observations"].shape[1], data.columns["actions"].shape[1]
 
-    def need(good: bool, key: str, must: str, *found) -> None:
+    def need(good: bool, what: str) -> None:
         if not good:
-            x = found[0] if found else content.get(key, "missing")
-            x = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else " ".join(repr(x).split())[:60]
-            sys.exit(f"{path}: {key} is {x}, it must be {must} (docs/your_own.md)")
-
-    def tensor(key: str, x: torch.Tensor, *shape: int) -> torch.Tensor:
-        good = isinstance(x, torch.Tensor) and x.shape == shape and x.is_floating_point() and x.isfinite().all()
-        need(bool(good), key, f"a finite float tensor {shape}", x)
-        return x.float()
+            raise ValueError(what)
 
     known = "layers activation tanh log_std log_std_range obs_mean obs_std action_low action_high script env_id".split()
-    if unknown := [key for key in content if key not in known]:
-        sys.exit(f"{path}: it has {', '.join(map(str, unknown))}; known are {', '.join(known)} (docs/your_own.md)")
-    layers, log_std, limits = (content.get(key) for key in ("layers", "log_std", "log_std_range"))
-    pairs = [(x.get("weight"), x.get("bias")) if isinstance(x, dict) else () for x in layers or ()]
-    good = all(len(pair) == 2 and all(isinstance(x, torch.Tensor) and x.ndim for x in pair) for pair in pairs)
-    need(bool(pairs) and good, "layers", "a list of dict(weight=(in, out), bias=(out,))")
-    need(content.get("activation") in tuple(ACTIVATIONS), "activation", "relu, tanh, elu or silu")
-    kinds = (
-        "'sample' (a = tanh u, u Gaussian), 'mean' (a Gaussian around a tanh) or 'none' (the action is only clipped)"
-    )
-    need(content.get("tanh") in ("sample", "mean", "none"), "tanh", kinds)
-    head = isinstance(log_std, str) and log_std == "head"
-    kinds = f"'head' (second half of the last layer's output) or a float tensor ({act_dim},)"
-    need(head or isinstance(log_std, torch.Tensor), "log_std", kinds)
-    good = isinstance(limits, list | tuple) and len(limits) == 2 and all(isinstance(x, int | float) for x in limits)
-    need(good and limits[0] <= limits[1], "log_std_range", "[low, high]")
-    widths = [obs_dim, *(len(bias) for _, bias in pairs[:-1]), (1 + head) * act_dim]
-    actor = Actor(widths, content["activation"], content["tanh"], None, tuple(map(float, limits)))
-    for i, (weight, bias) in enumerate(pairs):
-        actor.net.weights[i].data[0] = tensor(f"layers[{i}]['weight']", weight, *widths[i : i + 2])
-        actor.net.biases[i].data[0, 0] = tensor(f"layers[{i}]['bias']", bias, widths[i + 1])
-    actor.log_std = None if head else tensor("log_std", log_std, act_dim)
-    actor.net.mean = tensor("obs_mean", content.get("obs_mean", actor.net.mean), obs_dim)
-    actor.net.std = tensor("obs_std", content.get("obs_std", actor.net.std), obs_dim)
-    need(bool((actor.net.std > 0).all()), "obs_std", "above 0")
+    need(content.keys() <= set(known), f"unknown keys, known are {', '.join(known)}")
+    need(content["activation"] in ACTIVATIONS, "activation must be relu, tanh, elu or silu")
+    kinds = "'sample' (a = tanh u, u Gaussian), 'mean' (a Gaussian around a tanh), 'none' (the action is only clipped)"
+    need(content["tanh"] in ("sample", "mean", "none"), f"tanh must be one of {kinds}")
+    layers, log_std, limits = content["layers"], content["log_std"], content.get("log_std_range", (-20.0, 2.0))
+    head = isinstance(log_std, str) and log_std == "head"  # the second half of the last layer's output
+    widths = [obs_dim, *(len(layer["bias"]) for layer in layers[:-1]), (1 + head) * act_dim]
+    state = dict({} if head else {"log_std": log_std}) | {"net.mean": content.get("obs_mean", torch.zeros(obs_dim))}
+    state["net.std"] = content.get("obs_std", torch.ones(obs_dim))
+    for i, layer in enumerate(layers):
+        state |= {f"net.weights.{i}": layer["weight"][None], f"net.biases.{i}": layer["bias"][None, None]}
+    need(all(x.isfinite().all() for x in state.values()), "a number in it is NaN or infinite")
+    need((state["net.std"] > 0).all(), "obs_std must be above 0")
     for key, ours in dict(action_low=data.low, action_high=data.high).items():
-        theirs = tensor(key, content.get(key, torch.as_tensor(ours)), act_dim).numpy()
-        need(np.allclose(theirs, ours, rtol=1e-4), key, f"as in the data, {ours}", theirs)
+        theirs = content.get(key, torch.as_tensor(ours)).numpy()
+        need(np.allclose(theirs, ours, rtol=1e-4), f"{key} is {theirs}, in the data {ours}")
+    actor = Actor(widths, content["activation"], content["tanh"], None if head else torch.zeros(act_dim), limits)
+    actor.load_state_dict(state)  # torch names a tensor of another shape
     return actor.requires_grad_(False)
 
 
@@ -542,15 +516,12 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
             for key, column in zip(KEYS, columns, strict=True):
                 parts[key].append(column)
         return {key: np.concatenate(x) for key, x in parts.items()}, f"Minari {dataset.id}", dataset.env_spec
-    if not h5py.is_hdf5(path):
-        what = "is no HDF5 file" if path.exists() else "does not exist"
-        sys.exit(f"{path} {what}: --dataset-path takes an HDF5 file in D4RL's layout or a Minari folder")
     with h5py.File(path) as file:
         arrays = {key: file[key][()] for key in KEYS if key in file}
-    if name not in D4RL:
+    if name not in D4RL or not D4RL[name][1]:  # nobody knows what it should be
         return arrays, path.name, None
     with open(path, "rb") as file:
-        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1] or "unknown")
+        genuine = hashlib.file_digest(file, "sha256").hexdigest().startswith(D4RL[name][1])
     return arrays, f"{path.name} ({'' if genuine else 'not '}D4RL's file)", None
 
 
@@ -567,10 +538,7 @@ def make_env(args: Args, spec=None) -> gym.Env | None:
     if not args.eval_episodes:
         return None
     warnings.filterwarnings("ignore", message=".*(out of date|settotalmass)")  # D4RL's data are of -v4's kind
-    if find_spec("mujoco"):  # it prints its warnings anew for every copy of an environment; Python's once
-        import mujoco
-
-        mujoco.set_mju_user_warning(warnings.warn)
+    mujoco.set_mju_user_warning(warnings.warn)  # it would print each anew for every copy of an environment
     own = args.env_id if ":" in args.env_id or args.env_id in gym.registry else None
     env = gym.make(args.eval_env_id or own or spec or ENVS.get(task_of(args.env_id), args.env_id))
     if isinstance(env.observation_space, gym.spaces.Dict):
@@ -763,23 +731,24 @@ def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
         if not good:
             sys.exit(f"--{flag} {vars(args)[flag.replace('-', '_')]}: it must be {must}")
     torch.set_num_threads(args.num_threads or os.cpu_count())
-    where = "--eval-env-id names another environment, --eval-episodes 0 steers without one"
-    reading, content = f"{args.dataset_path or args.env_id} ({where})", None
+    where = "--dataset-path takes an HDF5 file in D4RL's layout or a Minari folder; --eval-env-id names another "
+    where += "environment, --eval-episodes 0 steers without one"
+    reading = f"{args.dataset_path or args.env_id} ({where})"
     try:
         arrays, source, spec = load_arrays(args)
         env = make_env(args, spec)
-        reading = f"--actor {args.actor} (a file, bc or awr)"
+        data, actor = make_dataset(arrays, source, env), None
         if args.actor not in ("bc", "awr"):
+            reading = f"--actor {args.actor} (bc, awr, or a file: docs/your_own.md)"
             content = torch.load(Path(args.actor).expanduser(), map_location="cpu", weights_only=True)
+            actor = read_actor(content, data)
+            if task_of(content.get("env_id", args.env_id)) != task_of(args.env_id):
+                data.notes.append(f"{args.actor} is an actor of {content['env_id']}")
     except Exception as error:  # of a file, a network, somebody's environment: there is no end of kinds
-        sys.exit(f"{reading}: {type(error).__name__}: {(str(error).splitlines() or ['empty'])[0]}")
-    data = make_dataset(arrays, source, env)
+        sys.exit(f"{reading}: {type(error).__name__}: {error}".replace("\n", " "))
     if not len(data.returns):
         sys.exit(f"{source}: {data.notes[0]}, of which a goal's advantage is made: store the rows in order")
     data.notes += doubts(data, env, args, spec)
-    actor = None if content is None else read_actor(content, args.actor, data)
-    if content is not None and task_of(content.get("env_id", args.env_id)) != task_of(args.env_id):
-        data.notes.append(f"{args.actor} is an actor of {content['env_id']}")
     size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
     print(f"data: {args.env_id}, {data.source}: {size}, mean return {data.returns.mean():.1f}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
@@ -821,10 +790,8 @@ def main() -> None:
     print(f"run folder: {run_dir}", flush=True)
 
     # The prior, and how far it may pull the actor
-    before = actor.sha256() if actor else ""
     goal_rewards = features(task, obs, data.columns["actions"]) @ weights  # (N,)
     actor, (prior,), _ = learn(args, data, goal_rewards[:, None], actor)
-    before = before or actor.sha256()
     states = torch.as_tensor(obs[np.random.default_rng(args.seed).integers(len(obs), size=5_000)])
     gaussians = actor.gaussian(states), prior.gaussian(states)
     chosen = select_alpha(args.rule, args.kl_budget, *gaussians) if args.alpha == "budget" else args.alpha
@@ -845,10 +812,8 @@ def main() -> None:
         rows.append(row)
 
     # What came of it
-    if actor.sha256() != before:
-        sys.exit("the frozen actor has changed: this is a defect of steer_poe.py, please report it")
     about = dict(script="steer_poe", env_id=args.env_id, goal=args.goal, goal_weights=weights.tolist())
-    about |= dict(rule=args.rule, alpha=chosen, frozen_sha256=before)
+    about |= dict(rule=args.rule, alpha=chosen)
     box = dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))
     save(about | box | dict(frozen=actor.file(), prior=prior.file()), run_dir / "steered_actor.pt")
     at = next(row for row in rows if row["alpha"] == chosen)

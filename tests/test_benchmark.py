@@ -76,7 +76,6 @@ def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, 
 def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypatch):
     for name in ("train_dynamics", "load_arrays", "plot", "PSPO"):
         monkeypatch.setattr(pspo, name, getattr(pspo, name))  # `run` replaces them
-    monkeypatch.setattr(pspo.signal, "signal", lambda *_: None)
     folders = {variant: tmp_path / variant for variant in ("uniform:300", "B:300", "C:300")}
     monkeypatch.setattr(sys, "argv", sys.argv)
     load, plot = pspo.load_arrays, pspo.plot
@@ -94,7 +93,6 @@ def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypat
 
 def test_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pspo.py", *TINY.split(), "--runs-dir", str(tmp_path)])
-    monkeypatch.setattr(pspo.signal, "signal", lambda *_: None)
     pspo.main()
     run = next(tmp_path.glob("*__pspo__*"))
     kinds = ("pspo", "liquidation"), ("pspo", "hopper-medium-v2"), ("iql", "liquidation")

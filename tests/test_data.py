@@ -526,5 +526,5 @@ def test_download(server, first, capsys, tmp_path, monkeypatch):
     named = replace(ARGS, env_id="hopper-medium-v2", dataset_path=str(tmp_path / "original.hdf5"))
     assert iql.load_arrays(named)[1] == "original.hdf5 (D4RL's file)"
     monkeypatch.setitem(iql.D4RL, "hopper-medium-v2", ("gym_mujoco_v2/hopper.hdf5", ""))  # nobody knows its checksum
-    assert iql.load_arrays(named)[1] == "original.hdf5 (not D4RL's file)"
+    assert iql.load_arrays(named)[1] == "original.hdf5"
     assert "near: hopper-medium-v2" in refused(iql.load_arrays, replace(ARGS, env_id="hoper-medum-v2"))

@@ -5,7 +5,6 @@ import functools
 import re
 import shlex
 import shutil
-import signal
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -139,7 +138,6 @@ def test_your_own_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))  # where Minari keeps its data
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     names = {}
     for language, block in text_and_code(ROOT / "docs" / "your_own.md")[1]:
         for file, rest in re.findall(r"^python (\w+\.py)(.*)$", block, re.MULTILINE) if language == "bash" else ():

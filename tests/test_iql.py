@@ -4,7 +4,6 @@ Theorems are in test_theory.py; the command line, data and runs in files of thei
 """
 
 import math
-import signal
 import sys
 
 import gymnasium as gym
@@ -110,7 +109,6 @@ def test_main_fine_tunes_online_and_lowers_the_policys_rate(ends, online, tmp_pa
         monkeypatch.setattr(iql, name, patch)
     monkeypatch.setattr(iql.IQL, "update", watched)
     monkeypatch.setattr(iql.Actor, "act", acted)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     name = f"IqlCorridor{ends}-v0"
     if name not in gym.registry:
         gym.register(name, Corridor, max_episode_steps=5, kwargs=dict(ends=ends))

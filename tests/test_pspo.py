@@ -6,7 +6,6 @@ line, data and runs in files of their own.
 
 import copy
 import math
-import signal
 import sys
 
 import numpy as np
@@ -176,7 +175,6 @@ def test_main_redraws_lowers_rates_and_evaluates_the_average(tmp_path, monkeypat
         monkeypatch.setattr(pspo.PSPO, name, stub)
     monkeypatch.setattr(pspo, "evaluate", evaluate)
     monkeypatch.setattr(pspo, "plot", lambda *args: kept.extend(args[3:5]))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     flags = "--dataset-episodes 20 --pool-size 3 --active-models 2 --dynamics-epochs 1 --dynamics-hidden 4 --hidden 4 "
     flags += "--behaviour-updates 3 --iterations 2100 --actor-lr 5e-4 --eval-every 700 --eval-episodes 2 --seed 3 "
     flags += f"--final-episodes 4 --no-cuda --runs-dir {tmp_path}"
