@@ -47,14 +47,6 @@ class Tape:
         return drawn
 
 
-def relu(x):
-    return x * (x > 0)
-
-
-def silu(x):
-    return x / (1 + (-x).exp())
-
-
 def network(state, name, x, activation, member=0):
     """One row x (in,) through one member of the MLP `name`: (out,)."""
     x = (x - state[f"{name}.mean"]) / state[f"{name}.std"]
@@ -121,7 +113,7 @@ class PSPO:
         self.least, self.most = min(low, 0) * steps / self.unit, max(high, 0) * steps / self.unit
 
     def policy(self, name, obs):
-        out = network(self.state, f"{name}.net", obs, relu)
+        out = network(self.state, f"{name}.net", obs, torch.relu)
         return out[: self.act], out[self.act :].clamp(-5, 2)
 
     def q(self, name, obs, action):
@@ -129,8 +121,8 @@ class PSPO:
 
         def activation(h):
             if not self.args.layer_norm:
-                return relu(h)
-            return relu((h - h.mean()) / ((h - h.mean()) ** 2).mean().add(1e-5).sqrt())
+                return torch.relu(h)
+            return torch.relu((h - h.mean()) / ((h - h.mean()) ** 2).mean().add(1e-5).sqrt())
 
         mean, log_std = self.policy("behaviour", obs)
         x = torch.cat([obs, ((action - mean) / log_std.exp()).clamp(-5, 5)])
@@ -161,7 +153,7 @@ class PSPO:
         return reward / self.unit + (0 if ended else self.args.gamma * self.value(next_obs, noise))
 
     def model(self, pool, member, obs, action):
-        out = network(self.state, f"{pool}.net", torch.cat([obs, action]), silu, member)
+        out = network(self.state, f"{pool}.net", torch.cat([obs, action]), F.silu, member)
         mean = out[: 1 + self.obs] * self.state[f"{pool}.output_std"] + self.state[f"{pool}.output_mean"]
         log_std = 1 - (1 + (1 - out[1 + self.obs : -1]).exp()).log()
         log_std = -6 + (1 + (log_std + 6).exp()).log()
@@ -306,7 +298,7 @@ def train_pool(state, args, data, rule, tape):
     standard = (outputs - state["output_mean"]) / state["output_std"]
 
     def predicted(member, row):  # standard mean and log-std (1+obs,), log-odds of an end
-        out = network(state, "net", inputs[row], silu, member)
+        out = network(state, "net", inputs[row], F.silu, member)
         log_std = 1 - (1 + (1 - out[width:-1]).exp()).log()
         return out[:width], -6 + (1 + (log_std + 6).exp()).log(), out[-1]
 
@@ -355,7 +347,7 @@ def clone_behaviour(state, args, data, tape):
         def loss(rows=rows):
             total = 0
             for row in rows:
-                mean, log_std = network(state, "behaviour.net", data["observations"][row], relu).chunk(2)
+                mean, log_std = network(state, "behaviour.net", data["observations"][row], torch.relu).chunk(2)
                 total = total - log_normal(data["actions"][row], mean, log_std.clamp(-5, 2)) / args.batch_size
             return total
 
@@ -374,10 +366,10 @@ class IQL:
         )
 
     def q(self, name, obs, action):
-        return [network(self.state, f"{name}.net", torch.cat([obs, action]), relu, twin)[0] for twin in range(2)]
+        return [network(self.state, f"{name}.net", torch.cat([obs, action]), torch.relu, twin)[0] for twin in range(2)]
 
     def value(self, obs):
-        return network(self.state, "value.net", obs, relu)[0]
+        return network(self.state, "value.net", obs, torch.relu)[0]
 
     def update(self, actor_rate):
         """One update on `rows`, a list of (s, a, r, s', end); returns the metrics."""
@@ -405,7 +397,7 @@ class IQL:
             log_probs = []
             for i, (s, a, *_) in enumerate(batch):
                 masks = iter([mask[0, i] / (1 - args.dropout) for mask in kept])
-                mean = network(state, "actor.net", s, lambda h, masks=masks: relu(h) * next(masks)).tanh()
+                mean = network(state, "actor.net", s, lambda h, masks=masks: torch.relu(h) * next(masks)).tanh()
                 log_probs.append(log_normal(a, mean, state["actor.log_std"].clamp(-5, 2)))
             seen["log_prob"] = sum(log_probs) / count
             seen["actor"] = -sum(w * p for w, p in zip(weights, log_probs, strict=True)) / count

@@ -104,17 +104,13 @@ def test_figures(tmp_path, monkeypatch):
         assert output.stat().st_size > 10_000
 
 
-def test_the_floor_has_all_products_of_a_step_and_iql_has_none_to_spare():
+def test_the_floor_has_all_products_of_a_step():
     for name, make in speed.our_steps(dry=True).items():
         step = make()
         with FlopCounterMode(display=False) as counter:
             step()
         found = sum(2 * s * m * k * n for s, m, k, n in speed.products(step))
         assert found == counter.get_total_flops() > 0, name
-        if name == "IQL update":  # forward, the weights' gradients, the inputs' but the first layer's
-            value, critic, actor = ((d * 8, 64 + 8 * o) for d, o in ((11, 1), (14, 1), (11, 3)))
-            trained = sum(2 * sum(net) + net[1] for net in (value, critic, critic, actor))
-            assert found == 2 * 256 * (2 * sum(value) + 2 * sum(critic) + trained)
     assert all(step() is None for step in speed.floor(speed.Args(dry=True)).values())
 
 

@@ -133,29 +133,6 @@ def test_main_fine_tunes_online_and_lowers_the_policys_rate(ends, online, tmp_pa
     assert torch.equal(new["next_observations"][inner][:-1], following[inner][:-1])
 
 
-# --- Equations as functions ---
-
-
-def test_policy_is_weighted_maximum_likelihood():
-    """Eq. (7): exp(β A) up to its clip, β = 0 clones; the loss is −E[w log π], with its gradient."""
-    advantage = torch.tensor([-1.0, 0.0, 1.0, 2.0, 1000.0])
-    weights = iql.advantage_weights(advantage, 3.0, 100.0)
-    assert weights.tolist() == pytest.approx([math.exp(-3), 1, math.exp(3), 100, 100])
-    assert iql.advantage_weights(advantage, 0.0, 100.0).tolist() == [1] * 5
-    log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = iql.policy_loss(log_prob, torch.tensor([3.0, 0.5]))
-    loss.backward()
-    assert loss.item() == pytest.approx(2.0) and log_prob.grad.tolist() == [-1.5, -0.25]
-
-
-def test_critic_loss_and_target():
-    """Eq. (6): r alone at the end of an episode; mean over rows, sum over twins."""
-    q, value = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([10.0, math.nan])
-    target = iql.bellman_target(torch.ones(2), torch.tensor([False, True]), value, 0.9)
-    assert target.tolist() == [10.0, 1.0]
-    assert iql.critic_loss(q, target).item() == pytest.approx((81 + 1) / 2 + (100 + 1) / 2)
-
-
 # --- Networks ---
 
 
@@ -234,15 +211,6 @@ def test_actions_are_kept_off_the_bounds_and_a_constant_column_is_harmless():
     edge = torch.tensor([1 - 1e-5, -1 + 1e-5])
     assert torch.equal(agent.data["actions"][0], edge) and torch.equal(agent.data["actions"][12], -edge)
     assert agent.value.net.std[1] == 1 and agent.update().isfinite().all()
-
-
-def test_new_rows_are_learnt_from_and_empty_ones_are_not():
-    agent = learner_of(online_steps=100)
-    agent.data["observations"][12:] = math.nan
-    assert all(agent.update().isfinite().all() for _ in range(20))
-    for _ in range(100):
-        agent.add(np.full(3, np.nan), np.zeros(2), 0.0, np.zeros(3), False)
-    assert agent.size == 112 and not agent.update().isfinite().all()
 
 
 def test_reward_transforms(capsys):

@@ -9,20 +9,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from matplotlib.figure import Figure
 
 import liquidation_env as liq
 
 HOLD_TO_THE_END = np.append(np.full(19, np.inf), 0.0)
 
 
-def quadrature_value(boundary: np.ndarray | None, discount: float = 1.0) -> float:
+def quadrature_value(boundary: np.ndarray | None) -> float:
     """The expected return by another method: Gauss–Hermite quadrature of V, interpolated on another grid."""
     z, weights = np.polynomial.hermite_e.hermegauss(64)
     weights, price = weights / weights.sum(), np.linspace(0.0, 5.0, 2001)
     following, value = np.clip(0.95 * price[:, None] + 0.075 + 0.2 * z, 0.0, 5.0), np.zeros_like(price)
     for t in reversed(range(20)):
-        hold = discount * np.interp(following, price, value) @ weights
+        hold = np.interp(following, price, value) @ weights
         value = np.maximum(price, hold) if boundary is None else np.where(price >= boundary[t], price, hold)
     return 100.0 * np.interp(1.0 + 0.05 * z, price, value) @ weights
 
@@ -136,15 +135,6 @@ def test_optimum():
     assert liq.threshold_policy(boundary)(observation)[:, 0].tolist() == [-1, 1, -1, 1, 1]
 
 
-@pytest.mark.parametrize(("discount", "start", "earned"), [(0.99, 1.59, 135.21), (0.98, 1.36, 129.31)])
-def test_a_discount_sells_too_early(discount, start, earned):
-    value, boundary = liq.solve(discount)
-    assert round(boundary[0], 2) == start and round(value, 2) == earned
-    assert quadrature_value(boundary) == pytest.approx(value, abs=0.05)  # quadrature smears the jump at the boundary
-    assert quadrature_value(boundary, discount) == pytest.approx(quadrature_value(None, discount), abs=0.005)
-    assert within(liq.evaluate(liq.threshold_policy(boundary), 50_000, seed=1), value)
-
-
 def test_optimum_of_markets_with_a_known_answer():
     assert liq.solve(0.0)[0] == pytest.approx(100, abs=1e-3) and not liq.solve(0.0)[1].any()  # no future: sell at once
     still = {"sigma": 0.02, "initial_price_std": 0.0}
@@ -205,22 +195,6 @@ def test_compare_is_the_paired_difference():
     assert share == pytest.approx(1 + np.mean(held - best) / optimum)
     assert error == pytest.approx(1.96 * np.std(held - best, ddof=1) / math.sqrt(n) / optimum)
     assert abs(share - quadrature_value(HOLD_TO_THE_END) / optimum) < 2 * error
-
-
-def test_draw_boundary():
-    def act(observation):  # sells a growing fraction from price 1.6 on, but nothing at step 3
-        assert observation.dtype == np.float32 and set(observation[:, 1]) == {100}
-        return np.where(observation[:, :1] == 3, -1.0, observation[:, 2:] - 1.6)
-
-    ax, plain = Figure().subplots(2)
-    liq.draw_boundary(ax, act, 0.99), liq.draw_boundary(plain, act)
-    sold = np.asarray(ax.collections[0].get_array()).reshape(-1, 20)  # (price from 0.5 by 0.01, step)
-    assert not sold[:, 3].any() and sold[[0, 150, -1], 4] == pytest.approx([0, 0.4, 1], abs=1e-6)
-    for line, style, discount in zip(ax.get_lines(), ("--", "-"), (0.99, 1.0), strict=True):
-        assert line.get_linestyle() == style and line.get_label().endswith(f"γ = {discount:g}")
-        np.testing.assert_array_equal(line.get_ydata(), liq.solve(discount)[1])
-    assert len(plain.get_lines()) == 1 and len(ax.get_legend().get_texts()) == 2
-    assert "step" in ax.get_xlabel() and "price" in ax.get_ylabel() and ax.get_ylim() == (0.5, 2.75)
 
 
 def test_market_warning():

@@ -196,23 +196,6 @@ def test_main_redraws_lowers_rates_and_evaluates_the_average(tmp_path, monkeypat
 # --- Equations as functions ---
 
 
-def chi_square(drawn, probabilities):
-    counts = torch.bincount(drawn, minlength=len(probabilities)).double()
-    return ((counts - len(drawn) * probabilities) ** 2 / (len(drawn) * probabilities)).sum().item()
-
-
-def test_sample_models_frequencies():
-    """τ ~ P: frequencies, also of neighbours' pairs, are P's; a model with P = 0 is never drawn."""
-    torch.manual_seed(0)
-    belief = torch.tensor([0.05, 0.5, 0.15, 0.3, 0.0], dtype=F64)
-    drawn = pspo.sample_models(belief.log(), (50, 1000))
-    assert drawn.shape == (50, 1000) and drawn.max() == 3
-    assert chi_square(drawn.flatten(), belief[:4]) < 16.3  # 99.9% quantile, 3 degrees of freedom
-    for first, second in ((drawn[:-1:2], drawn[1::2]), (drawn[:, :-1:2], drawn[:, 1::2])):
-        pairs = belief[:4].outer(belief[:4]).flatten()
-        assert chi_square((4 * first + second).flatten(), pairs) < 37.7  # 99.9%, 15 degrees
-
-
 INF, NAN = math.inf, math.nan
 EDGES = {  # task: states that are alive, states that are not; entries that are left out are 0
     "hopper": (
@@ -263,14 +246,6 @@ def test_settings_and_scores_of_the_tables(monkeypatch):
 # --- Networks ---
 
 
-def test_mlp_starts_as_torchs_linear_layers_do():
-    """Weights and biases uniform within 1/√fan_in; a member of a stack has its own."""
-    stack = pspo.MLP(3, [400, 100, 50])
-    for fan_in, weight, bias in zip((400, 100), stack.weights, stack.biases, strict=True):
-        for x in (weight, bias):
-            assert 0.9 < x.max() * fan_in**0.5 <= 1 and 0.9 < -x.min() * fan_in**0.5 <= 1 and (x[0] != x[1]).any()
-
-
 def test_actor_acts_by_its_mean_or_a_sample():
     """The mean, clipped; a sample with std = 1; the log-std kept in [−5, 2]."""
     actor, obs = pspo.Actor(3, 2, 8), torch.randn(5, 3)
@@ -314,16 +289,6 @@ def learner_of(small, pool=None, **settings):
     learner = pspo.PSPO(pspo.Args(**SMALL | settings), small[0], copy.deepcopy(pool or small[1]))
     learner.redraw()
     return learner
-
-
-def test_models_explain_held_out_data(small):
-    """β-NLL learns a reward that is zero on 80% of the rows, from 500 episodes in 15 epochs; price is mostly noise."""
-    unseen = liquidation_data(300, seed=1)
-    obs, wanted = unseen["observations"], torch.cat([unseen["rewards"][:, None], unseen["next_observations"]], 1)
-    mean, std, _ = small[1](obs, unseen["actions"])
-    explained = 1 - (mean - wanted).var(1) / (wanted - torch.cat([torch.zeros(len(obs), 1), obs], 1)).var(0)
-    assert explained[:, 0].min() > 0.9 and explained[:, 2].min() > 0.95 and explained[:, 3].max() < 0.1
-    assert std[..., 3].mean().item() == pytest.approx(0.2, rel=0.1)
 
 
 @torch.no_grad()
@@ -446,15 +411,6 @@ def test_predicted_return_draws_a_model_at_every_step(small):
     assert long.var().item() == pytest.approx(4 * variance, rel=0.05)
     assert short.mean().item() == pytest.approx(2 * mean.item(), rel=0.02)
     assert learner.predicted_return(starts, 1).mean().item() == pytest.approx(mean.item(), rel=0.02)
-
-
-def test_evidence_of_models_without_error_is_no_nan(small):
-    """Δ = 0 of every model leaves the belief uniform."""
-    learner = learner_of(small)
-    learner.active, learner.value = DisagreeingModels(), lambda obs, copies: torch.zeros(obs.shape[:-1])
-    learner.active.next = lambda mean, std, log_odds, noise: (0, mean[..., 1:].mul_(0), mean.mul_(0)[..., 0] > 0)
-    learner.update_belief(torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(4))
-    assert learner.log_belief().exp().tolist() == pytest.approx([0.1] * 10)
 
 
 def test_what_figures_show_of_the_average_policy(small):
