@@ -312,18 +312,18 @@ def test_learning_on_a_problem_with_known_answers():
 
 def test_lambda_returns_go_on_after_a_time_limit_and_stop_at_a_terminal():
     """Reward 1, cut off every 5 steps: V sees the observed returns, Q at λ = 0 one step further, through the cut."""
-    count = 2000
-    obs = np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)
-    ends = np.arange(count) % 5 == 4
-    for terminals in (ends & False, ends):
-        data = dict(observations=obs, actions=0 * obs[:, :1], next_observations=obs, terminals=terminals, ends=ends)
-        args = steer_poe.Args(hidden=8, updates=300, gamma=0.5, gae_lambda=0.0)
+    step = np.arange(2000) % 5
+    obs = step[:, None].astype(np.float32)
+    for terminals in (step < 0, step == 4):
+        data = dict(observations=obs, actions=0 * obs, next_observations=np.roll(obs, -1), terminals=terminals)
+        tensors = {key: torch.as_tensor(x) for key, x in (data | dict(ends=step == 4)).items()}
+        args = steer_poe.Args(hidden=32, updates=500, lr=0.02, gamma=0.5, gae_lambda=0.0)
         torch.manual_seed(0)
-        tensors = {key: torch.as_tensor(x) for key, x in data.items()}
-        critic, _ = steer_poe.learn_critic(args, tensors, np.ones((count, 1)))
-        v, q = critic.value(tensors["observations"]).mean(), critic(*list(tensors.values())[:2]).mean().item()
-        assert v.item() == pytest.approx(np.mean([2 - 0.5**k for k in range(5)]), abs=0.05)
-        assert q == pytest.approx(1 + 0.5 * v.item() * (1 - terminals.mean()), abs=0.05)
+        critic, _ = steer_poe.learn_critic(args, tensors, np.ones((2000, 1)))
+        v, q = critic.value(tensors["observations"][:5])[:, 0], critic(*(tensors[key][:5] for key in list(data)[:2]))
+        exact = 2 - 0.5 ** torch.arange(4, -1, -1)
+        torch.testing.assert_close(v, exact, atol=0.05, rtol=0)
+        torch.testing.assert_close(q[:, 0], 1 + 0.5 * exact.roll(-1) * ~tensors["terminals"][:5], atol=0.05, rtol=0)
 
 
 # --- Actor files ---
