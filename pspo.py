@@ -556,7 +556,9 @@ class PSPO(nn.Module):
             few = slice(args.evidence_rows)
             self.update_belief(obs[few], action[few], data_target[few])
             pi_mean, pi_log_std = self.actor(self.rollout_obs)
-            rollout_action = (pi_mean + pi_log_std.exp() * torch.randn_like(pi_mean)).clamp(-1, 1)
+            noise = torch.randn_like(pi_mean)
+            noise[::2] = 0  # half of the rollouts act by π's mean, which is what is evaluated
+            rollout_action = (pi_mean + pi_log_std.exp() * noise).clamp(-1, 1)
             rollout_reward, rollout_next, rollout_end = self.rollout(rollout_action)
             next_value = self.value(rollout_next)
             model_target = bellman_target(rollout_reward / self.reward_scale, rollout_end, next_value, args.gamma)

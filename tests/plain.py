@@ -203,7 +203,7 @@ class PSPO:
         noise, belief, arrivals = self.take("randn", half, self.act), self.belief(), []
         for i in range(half):
             mean, log_std = self.policy("actor", state["rollout_obs"][i])
-            actions.append((mean + log_std.exp() * noise[i]).clamp(-1, 1))
+            actions.append((mean + log_std.exp() * noise[i] * (i % 2)).clamp(-1, 1))
         exponential = self.take("exponential_", 2, args.active_models)
         models = [max(range(len(belief)), key=lambda n: belief[n] / exponential[g, n]) for g in range(2)]
         for name in state:
