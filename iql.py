@@ -241,7 +241,7 @@ def adam(*groups: tuple[nn.Module, float]) -> torch.optim.Optimizer:
     """Adam for (network, learning rate) pairs; the rates are tensors, which a recorded step reads anew."""
     groups = [(list(net.parameters()), rate) for net, rate in groups]
     groups = [dict(params=params, lr=torch.tensor(rate, device=params[0].device)) for params, rate in groups]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=True)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=groups[0]["lr"].is_cuda)
 
 
 def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -679,6 +679,8 @@ def restore(run_dir: Path, learner: nn.Module, data: Dataset) -> dict:
     learner.load_state_dict(saved["learner"])
     for optimizer, state in zip(learner.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["capturable"] = learner.device.type == "cuda"  # the run may have been on another device
     torch.set_rng_state(saved["rng"][0].cpu())
     if len(saved["rng"]) > 1 and learner.device.type == "cuda":
         torch.cuda.set_rng_state(saved["rng"][1].cpu())
@@ -709,7 +711,10 @@ def parse() -> Args:
         return tyro.cli(Args, description=about, default=replace(Args(), **settings))
     if not (Path(first.resume).expanduser() / "checkpoint.pt").exists():
         sys.exit(f"no checkpoint.pt in {first.resume}: nothing is saved before the first evaluation; start anew")
-    saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()))
+    saved = json.loads((Path(first.resume).expanduser() / "args.json").read_text())
+    if saved.keys() != vars(first).keys():
+        sys.exit(f"{first.resume} is a run of another script or version: go on with {Path(__file__).name} of that one")
+    saved = Args(**saved)
     args = tyro.cli(Args, description=about, default=saved)
     for name, value in vars(saved).items():
         if vars(args)[name] != value and name not in HOW:

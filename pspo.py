@@ -329,7 +329,7 @@ def adam(net: nn.Module, rate: float, weight_decay: float = 0.0) -> torch.optim.
     """AdamW; the rate is a tensor, which a recorded step reads anew."""
     params = list(net.parameters())
     lr = torch.tensor(rate, device=params[0].device)
-    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True, capturable=True)
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True, capturable=lr.is_cuda)
 
 
 def minimise(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -975,6 +975,8 @@ def restore(run_dir: Path, learner: nn.Module, data: Dataset) -> dict:
     learner.load_state_dict(saved["learner"])
     for optimizer, state in zip(learner.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["capturable"] = learner.device.type == "cuda"  # the run may have been on another device
     torch.set_rng_state(saved["rng"][0].cpu())
     if len(saved["rng"]) > 1 and learner.device.type == "cuda":
         torch.cuda.set_rng_state(saved["rng"][1].cpu())
@@ -1005,7 +1007,10 @@ def parse() -> Args:
         return tyro.cli(Args, description=about, default=replace(Args(), **settings))
     if not (Path(first.resume).expanduser() / "checkpoint.pt").exists():
         sys.exit(f"no checkpoint.pt in {first.resume}: nothing is saved before the first evaluation; start anew")
-    saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()))
+    saved = json.loads((Path(first.resume).expanduser() / "args.json").read_text())
+    if saved.keys() != vars(first).keys():
+        sys.exit(f"{first.resume} is a run of another script or version: go on with {Path(__file__).name} of that one")
+    saved = Args(**saved)
     args = tyro.cli(Args, description=about, default=saved)
     for name, value in vars(saved).items():
         if vars(args)[name] != value and name not in HOW:

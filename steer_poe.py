@@ -179,7 +179,7 @@ def identity_error(alpha: float, frozen: Gaussian, prior: Gaussian) -> tuple[flo
 
 # --- Goals: weights on features of observations and actions ---
 
-WIDTHS = {"liquidation": 3, "hopper": 11, "walker2d": 17, "halfcheetah": 17}  # observations that have these features
+WIDTHS = {"liquidation": 3, "hopper": 11, "walker2d": 17, "halfcheetah": 17}  # observations that `features` can read
 SPEEDS = {"speed": (1.0, 0.0, 0.0), "balanced": (1.0, -0.5, 1.0), "energy": (0.25, -1.0, 1.0)}
 GOALS = dict.fromkeys(("hopper", "walker2d", "halfcheetah"), SPEEDS) | {
     "liquidation": {"certainty": (0.0, 1.0, 0.0), "balanced": (1.0, 0.5, 0.5), "upside": (0.0, 0.0, 1.0)}
@@ -285,11 +285,13 @@ def read_actor(content: dict, data: "Dataset") -> Actor:
             raise ValueError(what)
 
     known = "layers activation tanh log_std log_std_range obs_mean obs_std action_low action_high script env_id".split()
-    need(content.keys() <= set(known), f"unknown keys, known are {', '.join(known)}")
+    unknown = [str(key) for key in content if key not in known]
+    need(not unknown, f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
     need(content["activation"] in ACTIVATIONS, "activation must be relu, tanh, elu or silu")
     kinds = "'sample' (a = tanh u, u Gaussian), 'mean' (a Gaussian around a tanh), 'none' (the action is only clipped)"
     need(content["tanh"] in ("sample", "mean", "none"), f"tanh must be one of {kinds}")
-    layers, log_std, limits = content["layers"], content["log_std"], content.get("log_std_range", (-20.0, 2.0))
+    layers, log_std, (low, high) = content["layers"], content["log_std"], content.get("log_std_range", (-20.0, 2.0))
+    need(low <= high, "log_std_range must be [low, high]")
     head = isinstance(log_std, str) and log_std == "head"  # the second half of the last layer's output
     widths = [obs_dim, *(len(layer["bias"]) for layer in layers[:-1]), (1 + head) * act_dim]
     state = dict({} if head else {"log_std": log_std}) | {"net.mean": content.get("obs_mean", torch.zeros(obs_dim))}
@@ -301,7 +303,7 @@ def read_actor(content: dict, data: "Dataset") -> Actor:
     for key, ours in dict(action_low=data.low, action_high=data.high).items():
         theirs = content.get(key, torch.as_tensor(ours)).numpy()
         need(np.allclose(theirs, ours, rtol=1e-4), f"{key} is {theirs}, in the data {ours}")
-    actor = Actor(widths, content["activation"], content["tanh"], None if head else torch.zeros(act_dim), limits)
+    actor = Actor(widths, content["activation"], content["tanh"], None if head else torch.zeros(act_dim), (low, high))
     actor.load_state_dict(state)  # torch names a tensor of another shape
     return actor.requires_grad_(False)
 

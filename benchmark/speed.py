@@ -95,7 +95,7 @@ def our_steps(dry: bool, device: str = "cpu") -> dict[str, Callable[[], Callable
 
 
 def products(step: Callable) -> list[tuple[int, int, int, int]]:
-    """(stack, m, k, n) of every matrix product in a step. Ours have none to spare: tests/test_benchmark.py counts."""
+    """(stack, m, k, n) of every matrix product in a step."""
     with torch.profiler.profile(record_shapes=True) as profile:
         step()
     found = [event.input_shapes for event in profile.events() if event.name in ("aten::bmm", "aten::baddbmm")]

@@ -347,7 +347,7 @@ def test_actions_at_and_without_bounds():
 # --- Units ---
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 @pytest.mark.parametrize("what", ["rewards", "features"])
-def test_units_change_nothing_but_units(what, factor, capsys):
+def test_units_of_the_data_change_nothing_but_units(what, factor):
     arrays = columns((60, 50, 40), ("terminal", "timeout", "terminal"))
     arrays["observations"][:, 2] = arrays["next_observations"][:, 2] = 3.0  # a constant
     keys = ("rewards",) if what == "rewards" else ("observations", "next_observations")

@@ -1,4 +1,4 @@
-"""IQL: its update against the loops of plain.py, its run, then each function against numbers by hand.
+"""IQL: its update against the loops of plain.py, its run, networks and settings.
 
 Theorems are in test_theory.py; the command line, data and runs in files of their own.
 """
@@ -213,7 +213,7 @@ def test_actions_are_kept_off_the_bounds_and_a_constant_column_is_harmless():
     assert agent.value.net.std[1] == 1 and agent.update().isfinite().all()
 
 
-def test_reward_transforms(capsys):
+def test_reward_transforms():
     """Returns of the data span 1,000; r − 1; r; and no range is no transform."""
     returns = np.array([4.0, 6.0, -1.0])
     assert iql.reward_scale("return_range", returns) == (pytest.approx(1000 / 7), 0.0)

@@ -193,7 +193,7 @@ def test_main_redraws_lowers_rates_and_evaluates_the_average(tmp_path, monkeypat
     assert torch.equal(saved["layers"][-1]["bias"], average.net.biases[-1][0, 0])
 
 
-# --- Equations as functions ---
+# --- Rules and tables ---
 
 
 INF, NAN = math.inf, math.nan
@@ -271,16 +271,12 @@ SMALL = dict(
 RULE = pspo.TERMINAL["liquidation"]
 
 
-def liquidation_data(episodes, seed):
-    data = pspo.make_dataset(liquidation_env.behaviour_dataset(episodes, seed), "generated")
-    return {key: torch.as_tensor(column) for key, column in data.columns.items()}
-
-
 @pytest.fixture(scope="module")
 def small():
     """(data, pool): never changed by a test."""
     torch.manual_seed(0)
-    data = liquidation_data(500, seed=0)
+    columns = pspo.make_dataset(liquidation_env.behaviour_dataset(500, 0), "generated").columns
+    data = {key: torch.as_tensor(column) for key, column in columns.items()}
     return data, pspo.train_dynamics(pspo.Args(**SMALL), data, RULE)
 
 

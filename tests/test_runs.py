@@ -158,8 +158,6 @@ def test_what_is_printed_and_left(typed):
     assert ("IQL in PSPO's paper (its own has no such task)" in result["compared_with"]) == (script is iql)
     actor = torch.load(whole / "actor.pt", weights_only=True)
     assert actor["env_id"] == "liquidation" and actor["action_high"].tolist() == [1]
-    optimizers = torch.load(whole / "checkpoint.pt", weights_only=True)["optimizers"]
-    assert all(group["capturable"] for x in optimizers for group in x["param_groups"])  # a GPU can go on with it
 
 
 # --- Killed at every kind of moment ---
@@ -242,6 +240,20 @@ def test_resume_with_moved_data(script, tmp_path, no_figure):
     assert left(run_dir) == bytes_left
     args = json.loads((run_dir / "args.json").read_text())
     assert args["dataset_path"] == str(tmp_path / "b.hdf5") and args["num_threads"] == 2 and args["resume"] == ""
+
+
+@BOTH
+def test_resume_of_a_run_from_another_device(script, tmp_path, no_figure, monkeypatch):
+    """torch records a step on a GPU only if the optimiser says so; a checkpoint of a CPU says no, and the reverse."""
+    path, learners, restore = train(script, tmp_path) / "checkpoint.pt", [], script.restore
+    saved = torch.load(path, weights_only=True)
+    for optimizer in saved["optimizers"]:
+        for group in optimizer["param_groups"]:
+            group["capturable"] = True
+    torch.save(saved, path)
+    monkeypatch.setattr(script, "restore", lambda *args: (learners.append(args[1]), restore(*args))[1])
+    main(script, "--resume", path.parent)
+    assert not any(group["capturable"] for x in learners[0].optimizers for group in x.param_groups)
 
 
 @BOTH

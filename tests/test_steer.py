@@ -117,6 +117,8 @@ def test_rules_at_their_limits():
     near = (frozen[1] - prior[1]).abs() < 3
     for found, expected in zip(poe(frozen, prior, 1 - 1e-15), prior, strict=True):  # α → 1 is Prior-only
         torch.testing.assert_close(found[near], expected[near], rtol=0, atol=1e-9)
+    mean, log_std = additive(gaussian(1.0, 0.5), gaussian(3.0, 9.0), 0.25)  # the actor's variance stays
+    assert mean.item() == 1.5 and variance((mean, log_std)).item() == pytest.approx(0.5)
     same = prior[0], frozen[1]  # equal variances: PoE is Additive
     for found, expected in zip(poe(frozen, same, 0.3), additive(frozen, same, 0.3), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
@@ -411,7 +413,8 @@ WRONG = [
     (layer(3, 2, bias=2) | dict(log_std=torch.zeros(3)), r"log_std: .*\[3\]"),
     (dict(obs_std=torch.tensor([1.0, 0.0, 1.0])), "obs_std must be above 0"),
     (dict(action_high=torch.tensor([2.0, 2.0])), r"action_high is \[2. 2.\], in the data \[1. 1.\]"),
-    (dict(squash="tanh"), "unknown keys, known are layers, activation"),
+    (dict(log_std_range=[2.0, -5.0]), r"log_std_range must be \[low, high\]"),
+    (dict(squash="tanh"), "unknown keys squash; known are layers, activation"),
 ]
 
 

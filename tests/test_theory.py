@@ -2,7 +2,7 @@
 
 Every test states one claim with its number, takes a decision problem small enough to be solved exactly (`Tabular`:
 a few states, actions and models, float64), and checks the claim with the functions that pspo.py and iql.py train
-with. Beside each claim stand the cases where one of its assumptions is broken, and it fails. What is about networks,
+with. Beside most claims stand the cases where one of its assumptions is broken, and it fails. What is about networks,
 samples and bookkeeping is in test_pspo.py and test_iql.py. Where the formulas of PSPO's paper are open, docs/pspo.md
 says what we read.
 """
@@ -644,14 +644,14 @@ def test_iql_lemma_1_fails_for_an_unbounded_variable():
     assert at(1 - 1e-12) > 20
 
 
-def collected(gamma=0.9):
+def collected():
     """A random problem of one model; in state 0 the third action is not in the data, though it would be by far the
     best."""
     rng = np.random.default_rng(0)
     behaviour, reward = rng.dirichlet(np.full(3, 5.0), 4), rng.uniform(0, 1, (1, 4, 3))
     behaviour[0], reward[0, 0, 2] = [0.5, 0.5, 0.0], 50.0
     transition, one = rng.dirichlet(np.ones(4), (1, 4, 3)), np.ones(1)
-    return Tabular(*map(torch.as_tensor, (transition, reward, one, behaviour, np.full(4, 0.25))), gamma)
+    return Tabular(*map(torch.as_tensor, (transition, reward, one, behaviour, np.full(4, 0.25))), 0.9)
 
 
 @pytest.fixture(scope="module")
