@@ -294,7 +294,8 @@ def read_actor(content: dict, data: "Dataset") -> Actor:
     need(low <= high, "log_std_range must be [low, high]")
     head = isinstance(log_std, str) and log_std == "head"  # the second half of the last layer's output
     widths = [obs_dim, *(len(layer["bias"]) for layer in layers[:-1]), (1 + head) * act_dim]
-    state = dict({} if head else {"log_std": log_std}) | {"net.mean": content.get("obs_mean", torch.zeros(obs_dim))}
+    state = {} if head else {"log_std": log_std}
+    state["net.mean"] = content.get("obs_mean", torch.zeros(obs_dim))
     state["net.std"] = content.get("obs_std", torch.ones(obs_dim))
     for i, layer in enumerate(layers):
         state |= {f"net.weights.{i}": layer["weight"][None], f"net.biases.{i}": layer["bias"][None, None]}

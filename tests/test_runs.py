@@ -21,7 +21,6 @@ import iql
 import liquidation_env
 import pspo
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"iql": iql, "pspo": pspo}
 BOTH = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 SHORT = dict(
