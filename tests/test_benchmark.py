@@ -76,7 +76,7 @@ def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, 
 def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypatch):
     for name in ("train_dynamics", "load_arrays", "plot", "PSPO"):
         monkeypatch.setattr(pspo, name, getattr(pspo, name))  # `run` replaces them
-    folders = {variant: tmp_path / variant for variant in ("uniform:300", "B:300", "C:300")}
+    folders = {name: tmp_path / name for name in ("uniform:300", "uniform, every row:300", "B:300", "C:300")}
     monkeypatch.setattr(sys, "argv", sys.argv)
     load, plot = pspo.load_arrays, pspo.plot
     for variant, folder in folders.items():
@@ -88,7 +88,7 @@ def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypat
     assert all(f"| {name} | 1 |" in text for name in folders) and len(list(tmp_path.glob("*.pt"))) == 1
     assert all("its first 300 rows" in json.loads(path.read_text())["dataset"] for [path] in paths.values())
     last = {name: path.with_name("metrics.csv").read_text() for name, [path] in paths.items()}
-    assert len(set(last.values())) == 3  # three readings, three runs
+    assert len(set(last.values())) == 4  # three readings and the control: four runs
 
 
 def test_figures(tmp_path, monkeypatch):
