@@ -97,7 +97,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (into the project $WANDB_PROJECT)
 
 
-MAZES = dict(expectile=0.9, beta=10.0, reward="minus_one", eval_every=100_000, eval_episodes=100)  # paper
+MAZES = dict(expectile=0.9, beta=10.0, reward="minus_one", eval_every=100_000, eval_episodes=100)  # AntMaze's
 HANDS = dict(beta=0.5, dropout=0.1, reward="raw")  # paper: Kitchen and Adroit
 SETTINGS = {
     "liquidation": dict(  # ours: 20 steps need no discount
@@ -106,7 +106,7 @@ SETTINGS = {
     "antmaze": MAZES, "pointmaze": MAZES,
     **dict.fromkeys(("kitchen", "pen", "hammer", "relocate", "door"), HANDS),
 }  # fmt: skip
-QUICK = dict(iterations=50_000)
+QUICK = dict(iterations=50_000, eval_every=5_000)
 HOW = ("resume", "dataset_path", "num_threads", "cuda", "compile", "track")  # may change on --resume
 
 
@@ -840,7 +840,8 @@ def main() -> None:
     device, data, env = load(args)
     task, limit = task_of(args.env_id), (env.spec.max_episode_steps or 1000) if env else 0
     if args.online_steps and not 0 < limit <= args.eval_every:
-        sys.exit(f"--online-steps needs an environment, and --eval-every at least its {limit} steps of an episode")
+        what = f"at least its {limit} steps of an episode (1000 if none are registered)"
+        sys.exit(f"--online-steps needs an environment, and --eval-every {what}")
     run_dir = open_run(args)
     scale, shift = reward_scale(args.reward, data.returns)
     columns = {key: torch.as_tensor(data.columns[key], device=device) for key in KEYS[:5]}
@@ -849,7 +850,7 @@ def main() -> None:
     learner, rows, offline = IQL(args, columns), [], None
     if args.resume:
         saved = restore(run_dir, learner, data)
-        rows, offline = saved["rows"], saved["offline"]
+        rows, offline, begun = saved["rows"], saved["offline"], begun - saved["seconds"]
         for key, column in saved["online"].items():
             learner.data[key][len(columns[key]) : learner.size] = column
     (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2) + "\n")
@@ -888,7 +889,8 @@ def main() -> None:
         sums, obs = 0, None
         online = {key: column[len(columns[key]) : learner.size].cpu() for key, column in learner.data.items()}
         write_log(rows, run_dir, writer)
-        save(checkpoint(learner, data, rows) | dict(offline=offline, online=online), run_dir / "checkpoint.pt")
+        more = dict(offline=offline, online=online, seconds=time.monotonic() - begun)
+        save(checkpoint(learner, data, rows) | more, run_dir / "checkpoint.pt")
 
     about = dict(script=Path(__file__).stem, env_id=args.env_id)  # docs/your_own.md has the lines that play it
     about |= dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))

@@ -263,7 +263,7 @@ class Dynamics(nn.Module):
         """mean + std · noise (..., 1+obs) → reward (...), next state (..., obs) in the data's box, terminal (...)."""
         sample = mean + std * noise
         next_obs = sample[..., 1:].clamp(self.box[0], self.box[1])
-        ends = torch.rand_like(log_odds) < log_odds.sigmoid() if self.rule is None else self.rule(next_obs)
+        ends = torch.rand_like(noise[..., 0]) < log_odds.sigmoid() if self.rule is None else self.rule(next_obs)
         return sample[..., 0], next_obs, ends
 
     @torch.no_grad()
@@ -499,7 +499,7 @@ class PSPO(nn.Module):
     def model_targets(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Each active model's y of Eq. (6), its mean reward and one s'': (B, obs), (B, act) → (N, B).
 
-        The same noise for every model, in s'' and in the actions of V: its part of Δ cancels between models.
+        The same noise for every model, in s'', its end and the actions of V: its part of Δ cancels between models.
         """
         mean, std, log_odds = self.active(obs, action)  # (N, B, 1+obs)
         noise = torch.randn_like(mean[0])
@@ -1134,7 +1134,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.resume:
         learner = PSPO(args, columns, empty_pool(args, columns, rule))
-        rows = restore(run_dir, learner, data)["rows"]
+        saved = restore(run_dir, learner, data)
+        rows, begun = saved["rows"], begun - saved["seconds"]
     else:
         learner, rows = PSPO(args, columns, train_dynamics(args, columns, rule)), []
         learner.clone_behaviour()
@@ -1166,7 +1167,7 @@ def main() -> None:
         rows.append(row)
         sums = 0
         write_log(rows, run_dir, writer)
-        save(checkpoint(learner, data, rows), run_dir / "checkpoint.pt")
+        save(checkpoint(learner, data, rows) | dict(seconds=time.monotonic() - begun), run_dir / "checkpoint.pt")
 
     about = dict(script=Path(__file__).stem, env_id=args.env_id)  # docs/your_own.md has the lines that play it
     about |= dict(action_low=torch.as_tensor(data.low), action_high=torch.as_tensor(data.high))

@@ -177,13 +177,13 @@ class PSPO:
     def update_belief(self, rows, observed):
         """Eq. (3)."""
         data, members = self.data, self.state["members"]
-        noise, uniform = self.take("randn", len(rows), 1 + self.obs), self.coins(len(members), len(rows))
+        noise, uniform = self.take("randn", len(rows), 1 + self.obs), self.coins(len(rows))
         action_noise = self.take("randn", self.args.action_samples, len(rows), self.act)
         delta = torch.zeros(len(members))
         for n in range(len(members)):
             for i, row in enumerate(rows):
                 mean, std, log_odds = self.model("active", n, data["observations"][row], data["actions"][row])
-                _, next_obs, ended = self.arrive(mean, std, log_odds, noise[i], uniform[n, i])
+                _, next_obs, ended = self.arrive(mean, std, log_odds, noise[i], uniform[i])
                 error = self.target(mean[0], ended, next_obs, action_noise[:, i]) - observed[i]
                 delta[n] += error**2 / len(rows)
         for n, member in enumerate(members):

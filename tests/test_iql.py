@@ -149,7 +149,7 @@ def test_every_layer_is_orthogonal_with_gain_root_two():
     assert agent.actor.log_std.tolist() == [0, 0]
 
 
-def test_actor_acts_by_its_mean_or_a_clipped_sample_and_so_does_its_file():
+def test_actor_acts_by_its_mean_or_a_clipped_sample():
     """The mean is tanh of the network; std = 1 adds noise of the policy's own std, kept in [exp −5, exp 2]."""
     torch.manual_seed(0)
     actor, obs = iql.Actor(3, 2, 8), torch.randn(50, 3)

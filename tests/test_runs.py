@@ -249,10 +249,11 @@ def test_resume_of_a_run_from_another_device(script, tmp_path, no_figure, monkey
     for optimizer in saved["optimizers"]:
         for group in optimizer["param_groups"]:
             group["capturable"] = True
-    torch.save(saved, path)
+    torch.save(saved | dict(seconds=6000.0), path)
     monkeypatch.setattr(script, "restore", lambda *args: (learners.append(args[1]), restore(*args))[1])
     main(script, "--resume", path.parent)
     assert not any(group["capturable"] for x in learners[0].optimizers for group in x.param_groups)
+    assert json.loads(path.with_name("result.json").read_text())["minutes"] > 100  # those before the stop count
 
 
 @BOTH
