@@ -1,12 +1,12 @@
 """The studies behind docs/pspo.md: readings of the belief, ablations, models that lie.
 
     python benchmark/pspo_study.py liquidation               # python pspo.py, seeds 1-5
-    python benchmark/pspo_study.py belief                    # uniform, A, B and C on four data sets, seeds 1-3
+    python benchmark/pspo_study.py belief                    # five beliefs on four data sets, seeds 1-3
     python benchmark/pspo_study.py ablations                 # what the recipe is made of, each left out, seeds 1-3
     python benchmark/pspo_study.py poisoned                  # 3 of 10 models lie about the price, seeds 1-3
 
 A study can be stopped and called again: a run with a result.json is not run again, one with a checkpoint goes on. Runs
-of the same data, seed and sizes share their pool. Tables go to --output-dir, runs to --runs-dir.
+of the same data, seed and sizes share their pool.
 """
 
 import json
@@ -165,8 +165,6 @@ class Args:
     only: tuple[str, ...] = ()  # only these variants, by the names in the table
     jobs: int = 2  # processes at a time, one thread each
     runs_dir: Path = ROOT / "runs" / "study"  # where the runs lie
-    output_dir: Path = ROOT / "docs" / "results"  # where the table is written
-    flags: tuple[str, ...] = ()  # further flags of pspo.py, for tests
 
 
 def run(variant: str, pools: Path, flags: list[str]) -> None:
@@ -224,16 +222,15 @@ def launch(job: tuple[str, list[str], Path]) -> None:
 
 def interval(x: list[float]) -> str:
     """Mean ± half-width of Student's 95% interval over seeds."""
-    digits = 2 if max(x) < 2 else 1
     if len(x) < 2:
-        return f"{x[0]:.{digits}f}"
-    return f"{np.mean(x):.{digits}f} ± {scipy.stats.sem(x) * scipy.stats.t.ppf(0.975, len(x) - 1):.{digits}f}"
+        return f"{x[0]:.2f}"
+    return f"{np.mean(x):.2f} ± {scipy.stats.sem(x) * scipy.stats.t.ppf(0.975, len(x) - 1):.2f}"
 
 
 def table(results: dict[str, list[Path]]) -> str:
     """One row for each variant: its last policies' scores, and what the run looked like from inside."""
-    head = "variant | seeds | score | each seed | sampled actions | last third, worst | its predicted; real return"
-    head += " | largest weight | entropy | Figure 3: Spearman | minutes"
+    head = "variant | seeds | score, or % of the optimum | each seed | sampled actions | last third, worst"
+    head += " | its predicted; real return | largest weight | entropy | Figure 3: Spearman | minutes"
     lines = [f"| {head} |", "|---" * 11 + "|"]
     for name, paths in results.items():
         of_seeds = [json.loads(path.read_text()) for path in paths]
@@ -242,7 +239,7 @@ def table(results: dict[str, list[Path]]) -> str:
         values = [result[key] * (100 if key == "share_of_optimum" else 1) for result in of_seeds]
         late = [log[-max(1, len(log) // 3) :] for log in logs]
         cells = [name, ", ".join(str(result["args"]["seed"]) for result in of_seeds), interval(values)]
-        cells += [", ".join(f"{x:.1f}" for x in values), interval([result["sampled"]["score"] for result in of_seeds])]
+        cells += [", ".join(f"{x:.2f}" for x in values), interval([result["sampled"]["score"] for result in of_seeds])]
         cells += [f"{min(log['evalscore'].min() for log in late):.1f}"]
         returns = [np.mean([log[f"eval{x}return"].mean() for log in late]) for x in ("predicted_", "")]
         cells += [f"{returns[0]:,.0f}; {returns[1]:,.0f}"]
@@ -280,39 +277,28 @@ def main() -> None:
     if sys.argv[1:2] == ["run"]:
         return run(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     args = tyro.cli(Args, description=__doc__)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    output = args.output_dir / f"pspo_{args.study}.md"
-    about = f"`python benchmark/pspo_study.py {args.study}`, one thread a run, torch {torch.__version__}.\n\n"
     if args.study == "poisoned":
-        lines = [
-            "| belief | seed | mass on the 3 liars | critic at s₀ | true value | error |",
-            "|---|---|---|---|---|---|",
-        ]
+        print("| belief | seed | mass on the 3 liars | critic at s₀ | true value | error |\n" + "|---" * 6 + "|")
         for variant in args.only or ("A", "uniform"):
             for seed in args.seeds or (1, 2, 3):
                 row = poisoned(seed, variant)
                 numbers = f"{row['mass']:.3f} | {row['value']:.1f} | {row['true']:.1f} | {100 * row['error']:+.1f}%"
-                lines.append(f"| {variant} | {seed} | {numbers} |")
-                print(lines[-1], flush=True)
-        output.write_text(about + "\n".join(lines) + "\n")
-        return None
+                print(f"| {variant} | {seed} | {numbers} |", flush=True)
+        return
     seeds, variants = STUDIES[args.study]
     folders = {
         name: [args.runs_dir / args.study / f"{name}__{seed}".replace(" ", "_") for seed in args.seeds or seeds]
         for name in args.only or variants
     }
-    jobs = [  # seed by seed, so that what is there at any time compares
-        (variants[name][0], [*variants[name][1], "--seed", str(seed), *args.flags], folders[name][i])
-        for i, seed in enumerate(args.seeds or seeds)
+    jobs = [  # a variant's seeds first: its pools are there for the next variant
+        (variants[name][0], [*variants[name][1], "--seed", str(seed)], folders[name][i])
         for name in folders
+        for i, seed in enumerate(args.seeds or seeds)
     ]
     with ThreadPoolExecutor(args.jobs) as workers:
         list(workers.map(launch, jobs))
     results = {name: [path for folder in paths if (path := finished(folder))] for name, paths in folders.items()}
-    text = table({name: paths for name, paths in results.items() if paths})
-    output.write_text(about + text + "\n")
-    print(text)
-    return None
+    print(table({name: paths for name, paths in results.items() if paths}))
 
 
 if __name__ == "__main__":

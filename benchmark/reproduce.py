@@ -120,7 +120,8 @@ def plan(args: Args, table: str) -> tuple[list[Job], list[str]]:
     names = ["liquidation"] if table == "table2" else [f"{task}-{level}-v2" for task in args.tasks for level in levels]
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     files = {name: folder / Path(pspo.D4RL[name][0]).name for name in names if name in pspo.D4RL}
-    sizes = {name: file.stat().st_size if file.exists() else -1 for name, file in files.items()} or {"liquidation": 0}
+    sizes = {name: file.stat().st_size if file.exists() else -1 for name, file in files.items()}
+    sizes |= {name: 0 for name in names if name == "liquidation"}  # generated
     jobs = []
     for name in sorted(sizes, key=sizes.get):
         for seed, (method, (script, flags)) in itertools.product(args.seeds, METHODS[table].items()):
@@ -258,8 +259,9 @@ def compare(folders: list[Path]) -> str:
     digits = dict(score=1, share_of_optimum=3, minutes=1)
     keys = {key: n for key, n in digits.items() if any(key in result for result in results)}
     rows = [["task", "script", "differing flags", *(key.replace("_", " ") for key in keys)]]
+    same = {"seed", "runs_dir", *pspo.HOW} - {"dataset_path"}
     for (env_id, script), results in sorted(runs.items()):
-        names = {name for result in results for name in result["args"]} - {"seed", "runs_dir", *pspo.HOW}
+        names = {name for result in results for name in result["args"]} - same
         values = {name: {str(result["args"].get(name)) for result in results} for name in sorted(names)}
         differing, groups = [name for name in values if len(values[name]) > 1], {}
         for result in results:

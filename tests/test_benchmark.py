@@ -3,6 +3,8 @@
 import csv
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -69,8 +71,11 @@ def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, 
         if table == "table1":
             assert "regenerated | 40.0" in text and "| yes |" in text and "1 of the 1 sets" in text
     runs = [fake_run(tmp_path / "other", "pspo", "a", i, i, gamma=0.9 + i / 100) for i in (1, 2)]
+    assert not reproduce.plan(replace(args, tasks=("ant",)), "table1")[0]  # no such data: nothing is planned
     text = reproduce.compare([*runs, tmp_path])
     assert "| a | pspo | gamma 0.91 | 1.0 (1) |" in text and f"Not finished: {tmp_path}" in text
+    runs = [fake_run(tmp_path / name, "iql", "b", 1, 5, dataset_path=name) for name in ("x.hdf5", "y.hdf5")]
+    assert "| b | iql | dataset_path y.hdf5 | 5.0 (1) |" in reproduce.compare(runs)
 
 
 def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypatch):
@@ -89,6 +94,31 @@ def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypat
     assert all("its first 300 rows" in json.loads(path.read_text())["dataset"] for [path] in paths.values())
     last = {name: path.with_name("metrics.csv").read_text() for name, [path] in paths.items()}
     assert len(set(last.values())) == 4  # three readings and the control: four runs
+
+
+def test_a_study_runs_its_variants_goes_on_and_prints_their_table(tmp_path, monkeypatch, capsys):
+    variants = {name: (variant, TINY.split()) for name, variant in {"one": "one model", "on (s, a)": "raw"}.items()}
+    monkeypatch.setitem(pspo_study.STUDIES, "ablations", (range(7, 8), variants))
+    monkeypatch.setattr(sys, "argv", ["pspo_study.py", "ablations", "--runs-dir", str(tmp_path)])
+    pspo_study.main()
+    said, results = capsys.readouterr().out, sorted(tmp_path.glob("ablations/*/*/result.json"))
+    assert len(results) == 2 and "| one | 7 |" in said and "| on (s, a) | 7 |" in said
+    results[0].unlink()  # as if it had been stopped: only this one is made again, from its checkpoint
+    before = results[1].stat().st_mtime_ns
+    pspo_study.main()
+    assert "| on (s, a) | 7 |" in capsys.readouterr().out and results[1].stat().st_mtime_ns == before
+    assert results[0].exists() and len(list(tmp_path.glob("ablations/*/*/"))) == 2
+
+
+def test_the_study_of_models_that_lie(monkeypatch, capsys):
+    tiny = dict(dataset_episodes=100, dynamics_epochs=1, behaviour_updates=0, batch_size=64)
+    monkeypatch.setitem(pspo.SETTINGS, "liquidation", pspo.SETTINGS["liquidation"] | tiny)
+    monkeypatch.setattr(pspo_study, "poisoned", partial(pspo_study.poisoned, iterations=20))
+    monkeypatch.setattr(sys, "argv", "pspo_study.py poisoned --seeds 1 --only uniform A".split())
+    pspo_study.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    mass = {row[0]: float(row[2]) for row in rows[1:]}
+    assert mass["| uniform"] == 0.3 != mass["| A"] > 0
 
 
 def test_figures(tmp_path, monkeypatch):
