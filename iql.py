@@ -97,7 +97,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (into the project $WANDB_PROJECT)
 
 
-MAZES = dict(expectile=0.9, beta=10.0, reward="minus_one", eval_every=100_000, eval_episodes=100)  # AntMaze's
+MAZES = dict(expectile=0.9, beta=10.0, reward="minus_one", eval_every=100_000, eval_episodes=100)  # paper's AntMaze
 HANDS = dict(beta=0.5, dropout=0.1, reward="raw")  # paper: Kitchen and Adroit
 SETTINGS = {
     "liquidation": dict(  # ours: 20 steps need no discount

@@ -101,7 +101,7 @@ class Args:
     trust_region_every: int = 50  # policy updates of one i of Eq. (9) (ours)
     behaviour_updates: int = 50_000  # of μ by maximum likelihood (ours)
     # Evaluation and running
-    eval_every: int = 20_000  # iterations between evaluations, which are also the checkpoints
+    eval_every: int = 20_000  # iterations between evaluations, also the checkpoints; they draw random numbers
     eval_episodes: int = 10  # of each; 0 trains and saves without an environment
     final_episodes: int = 100  # of the reported score
     runs_dir: str = "runs"  # the run's folder is made in here
