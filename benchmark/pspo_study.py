@@ -72,16 +72,6 @@ class Local(Uniform):
         return obs, [*metrics[:-2], *self.seen]
 
 
-class UniformEveryRow(Local):
-    """The control of B and C: uniform as above, yet a model drawn for every rollout, as they draw."""
-
-    def rollout(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One step in a model τ ~ P, drawn for every row."""
-        *step, _ = self.ask(action)
-        drawn, rows = self.draw(self.log_belief().expand(len(action), -1))
-        return tuple(x[drawn, rows] for x in step)
-
-
 class Rollout(Local):
     """Reading C: a belief for every rollout, uniform at its start, P ← P exp(−λ Δ_τ) along it, Δ_τ = |y_τ − y seen|."""
 
@@ -121,17 +111,18 @@ class RawAction(PSPO):
             super().__init__(args, data, pool)
 
 
-BELIEFS = {"uniform": Uniform, "uniform, every row": UniformEveryRow, "A": PSPO, "B": Local, "C": Rollout}
-VARIANTS = BELIEFS | {"one model": OneModel, "raw": RawAction}
+VARIANTS = {"A": PSPO, "one model": OneModel, "raw": RawAction, "uniform": Uniform, "B": Local, "C": Rollout}
+BELIEFS = {name: (name, []) for name in ("uniform", "A", "B", "C")}
+BELIEFS["uniform, every row"] = "B", ["--likelihood-coef", "0"]  # the control of B and C: drawn for every row as theirs
 QUICK = ["--quick", "--no-cuda"]
 STUDIES = {  # study: (seeds, variant: (class, flags))
     "liquidation": (range(1, 6), {"liquidation": ("A", [])}),
     "belief": (
         range(1, 4),
         {
-            f"{data}, {reading}{rows}": (reading + rows, ["--env-id", f"hopper-{data}-v2", *QUICK])
+            f"{data}, {name}{rows}": (variant + rows, ["--env-id", f"hopper-{data}-v2", *QUICK, *flags])
             for data, rows in (("medium", ""), ("random", ""), ("medium-replay", ""), ("medium", ":20000"))
-            for reading in BELIEFS
+            for name, (variant, flags) in BELIEFS.items()
         },
     ),
     "ablations": (

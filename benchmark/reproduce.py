@@ -117,11 +117,12 @@ class Job:
 def plan(args: Args, table: str) -> tuple[list[Job], list[str]]:
     """The jobs of a table, smallest data first; and the data sets whose file is not there."""
     levels = [level for level in args.levels if table in ("table1", "table3") or level in IQL_LEVELS]
-    names = ["liquidation"] if table == "table2" else [f"{task}-{level}-v2" for task in args.tasks for level in levels]
+    names = [f"{task}-{level}-v2" for task in args.tasks for level in levels]
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     files = {name: folder / Path(pspo.D4RL[name][0]).name for name in names if name in pspo.D4RL}
     sizes = {name: file.stat().st_size if file.exists() else -1 for name, file in files.items()}
-    sizes |= {name: 0 for name in names if name == "liquidation"}  # generated
+    if table == "table2":
+        sizes = {"liquidation": 0}  # generated
     jobs = []
     for name in sorted(sizes, key=sizes.get):
         for seed, (method, (script, flags)) in itertools.product(args.seeds, METHODS[table].items()):

@@ -81,12 +81,13 @@ def test_tables_say_whether_the_criterion_holds_and_runs_are_compared(tmp_path, 
 def test_the_readings_of_the_belief_run_and_share_their_pool(tmp_path, monkeypatch):
     for name in ("train_dynamics", "load_arrays", "plot", "PSPO"):
         monkeypatch.setattr(pspo, name, getattr(pspo, name))  # `run` replaces them
-    folders = {name: tmp_path / name for name in ("uniform:300", "uniform, every row:300", "B:300", "C:300")}
+    folders = {name: tmp_path / name for name in pspo_study.BELIEFS if name != "A"}
     monkeypatch.setattr(sys, "argv", sys.argv)
     load, plot = pspo.load_arrays, pspo.plot
-    for variant, folder in folders.items():
+    for name, folder in folders.items():
         pspo.load_arrays, pspo.plot = load, plot
-        pspo_study.run(variant, tmp_path, [*TINY.split(), "--runs-dir", str(folder)])
+        variant, flags = pspo_study.BELIEFS[name]
+        pspo_study.run(f"{variant}:300", tmp_path, [*TINY.split(), *flags, "--runs-dir", str(folder)])
         pspo.train_dynamics = None  # the pool is there
     paths = {name: [pspo_study.finished(folder)] for name, folder in folders.items()}
     text = pspo_study.table(paths)
