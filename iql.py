@@ -40,6 +40,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -420,8 +421,8 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     if name == "liquidation" and path is None:
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
-        near = difflib.get_close_matches(name, ["liquidation", *D4RL, *gym.registry], 3, 0.4)
-        sys.exit(f"unknown --env-id {name} (near: {', '.join(near)}); data of your own: --dataset-path FILE")
+        near = difflib.get_close_matches(name, ["liquidation", *D4RL], 3, 0.4)
+        sys.exit(f"--env-id {name}: no data of that name (near: {', '.join(near)}); your own: --dataset-path FILE")
     path = fetch(name) if path is None and name in D4RL else path
     if path is None or path.is_dir():
         import minari
@@ -713,7 +714,7 @@ def parse() -> Args:
         sys.exit(f"no checkpoint.pt in {first.resume}: nothing is saved before the first evaluation; start anew")
     saved = json.loads((Path(first.resume).expanduser() / "args.json").read_text())
     if saved.keys() != vars(first).keys():
-        sys.exit(f"{first.resume} is a run of another script or version: go on with {Path(__file__).name} of that one")
+        sys.exit(f"{first.resume} is a run of another script or version: go on with the one that made it")
     saved = Args(**saved)
     args = tyro.cli(Args, description=about, default=saved)
     for name, value in vars(saved).items():
@@ -741,21 +742,19 @@ def load(args: Args) -> tuple[torch.device, Dataset, gym.Env | None]:
         sys.exit(f"{args.dataset_path or args.env_id}: {type(error).__name__}: {error} ({remedy})".replace("\n", " "))
     data = make_dataset(arrays, source, env)
     data.notes += doubts(data, env, args, spec)
-    returns = data.returns if len(data.returns) else np.full(1, np.nan)
-    size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
-    earned = f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
-    print(f"data: {args.env_id}, {data.source}: {size}, {earned}")
+    size, returns = f"{len(data.columns['rewards']):,} rows", data.returns
+    if len(returns):
+        size += f", {len(returns):,} episodes, return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+    print(f"data: {args.env_id}, {data.source}: {size}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
     return device, data, env
 
 
 def open_run(args: Args) -> Path:
     """The run's folder, a new one or --resume's; --track begins."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or Path(args.runs_dir) / name.replace("/", "_").replace(":", "_")).expanduser()
-    while not args.resume and run_dir.exists():  # another run of the same second
-        run_dir = run_dir.with_name(run_dir.name + "+")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
 
     if args.track:
         import wandb
@@ -840,8 +839,8 @@ def main() -> None:
     device, data, env = load(args)
     task, limit = task_of(args.env_id), (env.spec.max_episode_steps or 1000) if env else 0
     if args.online_steps and not 0 < limit <= args.eval_every:
-        what = f"at least its {limit} steps of an episode (1000 if none are registered)"
-        sys.exit(f"--online-steps needs an environment, and --eval-every {what}")
+        what = f"an --eval-every of at least its {limit} steps an episode (1000 if none are registered)"
+        sys.exit(f"--online-steps needs {what if env else 'an environment: --eval-episodes above 0'}")
     run_dir = open_run(args)
     scale, shift = reward_scale(args.reward, data.returns)
     columns = {key: torch.as_tensor(data.columns[key], device=device) for key in KEYS[:5]}

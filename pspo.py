@@ -43,6 +43,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -525,13 +526,13 @@ class PSPO(nn.Module):
         noise = torch.randn(args.action_samples, len(obs) // copies, pi_mean.shape[-1], device=obs.device)
         noise = noise.repeat(1, copies, 1)  # (M, B, act)
         mu = self.behaviour(obs)
-        if not args.alpha:  # no μ: the plain policy evaluation of Eq. (5)
+        if args.alpha:
+            from_mu, from_pi = noise.chunk(2)
+            u = torch.cat([mu[0] + mu[1].exp() * from_mu, pi_mean + pi_log_std.exp() * from_pi])
+            log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
+            value = soft_value(self.q_value(self.target_critic, obs, u, mu), log_weights, args.alpha)
+        else:  # no μ: the plain policy evaluation of Eq. (5)
             value = self.q_value(self.target_critic, obs, pi_mean + pi_log_std.exp() * noise, mu).mean(0)
-            return value.clamp(*self.value_bounds).view(shape)
-        from_mu, from_pi = noise.chunk(2)
-        u = torch.cat([mu[0] + mu[1].exp() * from_mu, pi_mean + pi_log_std.exp() * from_pi])
-        log_weights = mixture_log_weights(u, *mu, pi_mean, pi_log_std)
-        value = soft_value(self.q_value(self.target_critic, obs, u, mu), log_weights, args.alpha)
         return value.clamp(*self.value_bounds).view(shape)
 
     def q_value(self, critic: Critic, obs: torch.Tensor, u: torch.Tensor, mu: tuple) -> torch.Tensor:
@@ -706,8 +707,8 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     if name == "liquidation" and path is None:
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
-        near = difflib.get_close_matches(name, ["liquidation", *D4RL, *gym.registry], 3, 0.4)
-        sys.exit(f"unknown --env-id {name} (near: {', '.join(near)}); data of your own: --dataset-path FILE")
+        near = difflib.get_close_matches(name, ["liquidation", *D4RL], 3, 0.4)
+        sys.exit(f"--env-id {name}: no data of that name (near: {', '.join(near)}); your own: --dataset-path FILE")
     path = fetch(name) if path is None and name in D4RL else path
     if path is None or path.is_dir():
         import minari
@@ -1009,7 +1010,7 @@ def parse() -> Args:
         sys.exit(f"no checkpoint.pt in {first.resume}: nothing is saved before the first evaluation; start anew")
     saved = json.loads((Path(first.resume).expanduser() / "args.json").read_text())
     if saved.keys() != vars(first).keys():
-        sys.exit(f"{first.resume} is a run of another script or version: go on with {Path(__file__).name} of that one")
+        sys.exit(f"{first.resume} is a run of another script or version: go on with the one that made it")
     saved = Args(**saved)
     args = tyro.cli(Args, description=about, default=saved)
     for name, value in vars(saved).items():
@@ -1037,21 +1038,19 @@ def load(args: Args) -> tuple[torch.device, Dataset, gym.Env | None]:
         sys.exit(f"{args.dataset_path or args.env_id}: {type(error).__name__}: {error} ({remedy})".replace("\n", " "))
     data = make_dataset(arrays, source, env)
     data.notes += doubts(data, env, args, spec)
-    returns = data.returns if len(data.returns) else np.full(1, np.nan)
-    size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
-    earned = f"return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
-    print(f"data: {args.env_id}, {data.source}: {size}, {earned}")
+    size, returns = f"{len(data.columns['rewards']):,} rows", data.returns
+    if len(returns):
+        size += f", {len(returns):,} episodes, return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+    print(f"data: {args.env_id}, {data.source}: {size}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
     return device, data, env
 
 
 def open_run(args: Args) -> Path:
     """The run's folder, a new one or --resume's; --track begins."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or Path(args.runs_dir) / name.replace("/", "_").replace(":", "_")).expanduser()
-    while not args.resume and run_dir.exists():  # another run of the same second
-        run_dir = run_dir.with_name(run_dir.name + "+")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
 
     if args.track:
         import wandb
@@ -1122,7 +1121,8 @@ def main() -> None:
         sys.exit(f"--active-models {args.active_models}: the pool has only {args.pool_size}")
     if args.batch_size % 64 or args.action_samples % 2:
         sys.exit("--batch-size must be a multiple of 64 (two halves, 32 rows to a model), --action-samples be even")
-    if args.cuda and not torch.cuda.is_available() and args.pool_size * args.dynamics_epochs > 5000:
+    slow = args.pool_size * args.dynamics_epochs > 5000 and not args.resume
+    if slow and args.cuda and not torch.cuda.is_available():
         sys.exit("no GPU here, and this setting takes weeks on a CPU: add --quick (--no-cuda starts it anyway)")
     task = task_of(args.env_id)
     rule = None if args.learn_termination else TERMINAL.get(task)

@@ -40,6 +40,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -80,7 +81,7 @@ class Args:
     kl_budget: float = 0.5  # the selector takes the largest α whose mean KL from the frozen actor is within this
     # Learning the prior
     temperature: float = 0.3  # T of exp(A/T), weights of prior and `awr`; A: the advantage in standard deviations
-    weight_clip: float = 20.0  # largest of these weights
+    weight_clip: float = 20.0  # largest of these weights, before they are divided by their mean
     gamma: float = 0.99  # γ of the advantage
     gae_lambda: float = 0.95  # λ of the advantage: 1 is the observed return minus V, 0 a one-step error
     updates: int = 10_000  # of each network
@@ -267,10 +268,7 @@ class Actor(nn.Module):
 
     def file(self) -> dict:
         """How to act from (obs − obs_mean) / obs_std (docs/your_own.md)."""
-        layers = [
-            dict(weight=w[0].detach().cpu().clone(), bias=b[0, 0].detach().cpu().clone())
-            for w, b in zip(self.net.weights, self.net.biases, strict=True)
-        ]
+        layers = [dict(weight=w[0], bias=b[0, 0]) for w, b in zip(self.net.weights, self.net.biases, strict=True)]
         squash = dict(activation=self.activation, tanh=self.tanh, log_std_range=list(self.log_std_range))
         log_std = "head" if self.log_std is None else self.log_std.cpu()
         return dict(layers=layers, log_std=log_std, obs_mean=self.net.mean.cpu(), obs_std=self.net.std.cpu()) | squash
@@ -505,8 +503,8 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     if name == "liquidation" and path is None:
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
-        near = difflib.get_close_matches(name, ["liquidation", *D4RL, *gym.registry], 3, 0.4)
-        sys.exit(f"unknown --env-id {name} (near: {', '.join(near)}); data of your own: --dataset-path FILE")
+        near = difflib.get_close_matches(name, ["liquidation", *D4RL], 3, 0.4)
+        sys.exit(f"--env-id {name}: no data of that name (near: {', '.join(near)}); your own: --dataset-path FILE")
     path = fetch(name) if path is None and name in D4RL else path
     if path is None or path.is_dir():
         import minari
@@ -784,10 +782,8 @@ def main() -> None:
     data, env, actor = prepare(args)
     obs = data.columns["observations"]
     task, weights = choose_goal(args, obs.shape[1])
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.runs_dir).expanduser() / name.replace("/", "_").replace(":", "_")
-    while run_dir.exists():  # another run of the same second
-        run_dir = run_dir.with_name(run_dir.name + "+")
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     print(f"run folder: {run_dir}", flush=True)

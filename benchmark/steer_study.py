@@ -217,7 +217,7 @@ def summarise(episodes: dict[tuple, np.ndarray], chosen: dict[tuple, float], rul
     out = []
     for (prior, shift, goal, name, alpha), played in episodes.items():
         row = dict(zip(KEYS, (prior, shift, goal, name, alpha), strict=True)) | dict(episodes=len(played))
-        row["selected"] = (name, alpha) == (rule, chosen[prior, goal])
+        row["selected"] = (name, alpha) == ((rule, chosen[prior, goal]) if chosen[prior, goal] else ("frozen", 0.0))
         base = episodes[prior, shift, goal, "frozen", 0.0]
         for i, key in enumerate(("objective", "return")):
             low, high = interval(played[:, i] - base[:, i])
@@ -234,7 +234,7 @@ def table(rows: list[dict], rule: str) -> str:
     for cell in dict.fromkeys(tuple(r[key] for key in KEYS[:3]) for r in rows):
         some = [r for r in rows if tuple(r[key] for key in KEYS[:3]) == cell]
         of = {(r["rule"], r["alpha"]): r for r in some}
-        at = next(r for r in some if r["selected"] or (r["rule"] == "frozen" and not any(s["selected"] for s in some)))
+        at = next(r for r in some if r["selected"])
         best = max(r["objective_gain"] for r in some if r["rule"] in ("frozen", rule))
         share = "no gain possible" if best <= 0 else "it loses"
         share = f"{100 * at['objective_gain'] / best:.0f}%" if at["objective_gain"] > 0 else share
@@ -261,11 +261,11 @@ def main() -> None:
 
     folder = Path(args.folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(*steer_poe.learn(args, data, goal_rewards, actor))
     if "wrong-goal" in args.priors and len(goals) < 2:
         sys.exit("--priors wrong-goal: there is only one goal")
-    for shift in args.shifts:  # before anything is played
+    for shift in args.shifts:  # before anything is learnt
         shifted_env(env, shift)
+    study = Study(*steer_poe.learn(args, data, goal_rewards, actor))
 
     # The KL-budget selector, on states of the data
     states = torch.as_tensor(obs[np.random.default_rng(args.seed).integers(len(obs), size=5_000)])
@@ -316,10 +316,10 @@ def main() -> None:
     text = table(rows, args.rule)
     (folder / "table.md").write_text(text + "\n")
     print(text)
-    chosen = [row["objective_class"] for row in rows if row["selected"]]
-    count = {kind: chosen.count(kind) for kind in ("HELP", "FROZEN", "HURT")}
+    selected = [row["objective_class"] for row in rows if row["selected"]]
+    count = {kind: selected.count(kind) for kind in ("HELP", "FROZEN", "HURT")}
     print(f"{len(tasks)} configurations of {args.eval_episodes} episodes; at the selected α: {count}")
-    print(f"{(time.monotonic() - begun) / 60:.1f} minutes; cells.csv and table.md are in {folder}")
+    print(f"{(time.monotonic() - begun) / 60:.1f} minutes; episodes.csv, cells.csv and table.md are in {folder}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
@@ -27,6 +28,14 @@ def test_small_study(tmp_path, monkeypatch):
         assert rule != "frozen" or float(r["kl"]) == float(r["tv_max"]) == float(r["objective_gain"]) == 0
         assert float(r["objective_low"]) <= float(r["objective_gain"]) <= float(r["objective_high"])
     assert len({r["return"] for r in rows if r["rule"] == "frozen"}) == 2  # of a shift, not of a goal or prior
+    assert sum(r["selected"] == "True" for r in rows) == 2 * 3  # one a cell
     played = list(csv.DictReader((tmp_path / "study" / "episodes.csv").open()))
     mean = sum(float(r["objective"]) for r in played[:4]) / 4
     assert len(played) == 4 * len(rows) and float(rows[0]["objective"]) == pytest.approx(mean)
+
+
+def test_a_cell_whose_selected_alpha_is_0():
+    played = {("good", "none", "goal", rule, alpha): np.ones((3, 2)) for rule, alpha in (("frozen", 0.0), ("poe", 0.5))}
+    for chosen, selected in ((0.0, [True, False]), (0.5, [False, True])):
+        rows = steer_study.summarise(played, {("good", "goal"): chosen}, "poe")
+        assert [row["selected"] for row in rows] == selected

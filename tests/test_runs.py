@@ -235,6 +235,7 @@ def test_resume_with_moved_data(script, tmp_path, no_figure):
         assert "other data (by SHA-256)" in said and [path.read_bytes() for path in kept] == saved
     said = refused(script, "--resume", run_dir, "--gamma", "0.5")
     assert "--gamma: " in said and "has 0.99; leave the flag out" in said
+    assert "the one that made it" in refused(iql if script is pspo else pspo, "--resume", run_dir)
     main(script, "--resume", run_dir, "--dataset-path", tmp_path / "b.hdf5", "--num-threads", "2")
     assert left(run_dir) == bytes_left
     args = json.loads((run_dir / "args.json").read_text())
@@ -409,7 +410,7 @@ def file_with(**other):
 
 PENDULUM = "--env-id Pendulum-v1 --dataset-path FILE "
 BAD = {  # command line, what makes FILE, words of the answer
-    "unknown name": ("--env-id hoper-medum-v2", None, "unknown --env-id hoper-medum-v2 (near: hopper-medium-v2"),
+    "unknown name": ("--env-id hoper-medum-v2", None, "hoper-medum-v2: no data of that name (near: hopper-medium-v2"),
     "not HDF5": (PENDULUM, lambda path: np.savez(open(path, "wb"), x=np.zeros(3)), "file signature not found"),
     "a folder": (PENDULUM, lambda path: path.mkdir(), "or a Minari folder"),
     "no keys": (PENDULUM, lambda path: write(path, {"x": [1.0]}), "no actions, observations, rewards, terminals"),
@@ -466,7 +467,8 @@ def test_bad_settings_of_one_script(tmp_path, no_figure, monkeypatch):
     said = refused(pspo, *full)
     assert "weeks on a CPU" in said and "--quick" in said and "--no-cuda" in said
     online = words(iql, runs_dir=tmp_path / "runs", env_id="Pendulum-v1", dataset_path=data, online_steps=5)
-    assert "--eval-every at least its 200 steps" in refused(iql, *online)
+    assert "needs an --eval-every of at least its 200 steps" in refused(iql, *online)
+    assert "needs an environment: --eval-episodes" in refused(iql, *online, "--eval-episodes", 0)
 
 
 @BOTH
