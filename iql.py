@@ -22,7 +22,7 @@ Run it (minutes of one CPU core):
     python iql.py --env-id hopper-medium-v2 --quick                  # 50,000 updates: 10 minutes
     python iql.py --env-id hopper-medium-v2 --compile                # the paper's million updates: hours
     python iql.py --env-id D4RL/door/human-v2                        # a Minari id
-    python iql.py --env-id Pendulum-v1 --dataset-path mine.hdf5      # any Gymnasium environment and data of its own
+    python iql.py --env-id Pendulum-v1 --dataset-path pendulum.hdf5  # any Gymnasium environment, its data
     python iql.py --online-steps 20000                               # fine-tuned online afterwards
     python iql.py --resume runs/<run folder>                         # goes on from the last evaluation
 """
@@ -731,17 +731,22 @@ def load(args: Args) -> tuple[torch.device, Dataset, gym.Env | None]:
         sys.exit("--track needs Weights & Biases: pip install wandb")
     if args.final_episodes < 2 or (args.gamma >= 1 and task_of(args.env_id) != "liquidation"):
         sys.exit("--final-episodes must be at least 2, for an interval; --gamma below 1, where there is no horizon")
+    least = min(args.iterations, args.eval_every, args.hidden, args.batch_size, args.dataset_episodes)
+    if least < 1 or min(args.eval_episodes, args.num_threads) < 0:
+        names = "--iterations, --eval-every, --hidden, --batch-size, --dataset-episodes"
+        sys.exit(f"{names} must be at least 1, --eval-episodes and --num-threads 0")
     torch.set_num_threads(args.num_threads or os.cpu_count())
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     try:
         arrays, source, spec = load_arrays(args)
         env = make_env(args, spec)
+        data = make_dataset(arrays, source, env)
+        data.notes += doubts(data, env, args, spec)
     except Exception as error:  # of a file, a network, somebody's environment: there is no end of kinds
+        names = " ".join(filter(None, (args.env_id, args.dataset_path, args.eval_env_id)))
         remedy = "--dataset-path takes an HDF5 file in D4RL's layout or a Minari folder; --eval-env-id names another "
         remedy += "environment, --eval-episodes 0 trains without one"
-        sys.exit(f"{args.dataset_path or args.env_id}: {type(error).__name__}: {error} ({remedy})".replace("\n", " "))
-    data = make_dataset(arrays, source, env)
-    data.notes += doubts(data, env, args, spec)
+        sys.exit(f"{names}: {type(error).__name__}: {error} ({remedy})".replace("\n", " "))
     size, returns = f"{len(data.columns['rewards']):,} rows", data.returns
     if len(returns):
         size += f", {len(returns):,} episodes, return {returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"

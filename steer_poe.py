@@ -25,7 +25,7 @@ Run it (minutes of one CPU core):
     python steer_poe.py --goal certainty --alpha 0.5          # another goal, α given
     python steer_poe.py --actor runs/<run folder>/actor.pt    # an actor of pspo.py, iql.py or your own on that task
     python steer_poe.py --env-id hopper-medium-v2 --goal energy               # of a clone of the data; 6 minutes
-    python steer_poe.py --env-id Pendulum-v1 --dataset-path mine.hdf5 --goal-weights 1 0 0 -0.1    # anything else
+    python steer_poe.py --env-id Pendulum-v1 --dataset-path pendulum.hdf5 --goal-weights 1 0 0 -0.1    # anything else
     python benchmark/steer_study.py --env-id hopper-medium-v2                 # the paper's study of 975 episodes
 """
 
@@ -285,6 +285,11 @@ def read_actor(content: dict, data: "Dataset") -> Actor:
     known = "layers activation tanh log_std log_std_range obs_mean obs_std action_low action_high script env_id".split()
     unknown = [str(key) for key in content if key not in known]
     need(not unknown, f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+    missing = [key for key in known[:4] if key not in content]
+    need(not missing, f"no {', '.join(missing)} in it")
+    tensors = {"log_std", "obs_mean", "obs_std", "action_low", "action_high"} & content.keys()
+    plain = [key for key in sorted(tensors) if not torch.is_tensor(content[key]) and content[key] != "head"]
+    need(not plain, f"{', '.join(plain)} must be tensors")
     need(content["activation"] in ACTIVATIONS, "activation must be relu, tanh, elu or silu")
     kinds = "'sample' (a = tanh u, u Gaussian), 'mean' (a Gaussian around a tanh), 'none' (the action is only clipped)"
     need(content["tanh"] in ("sample", "mean", "none"), f"tanh must be one of {kinds}")
@@ -727,6 +732,8 @@ def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
         ("gae-lambda", 0 <= args.gae_lambda <= 1, "in [0, 1]"),
         ("gamma", 0 <= args.gamma < 1 or (args.gamma == 1 and task_of(args.env_id) == "liquidation"), "in [0, 1)"),
         ("updates", min(args.updates, args.batch_size, args.hidden) > 0, "above 0, as --batch-size and --hidden"),
+        ("weight-clip", args.weight_clip > 0, "above 0"),
+        ("num-threads", args.num_threads >= 0, "0 or more"),
         ("eval-episodes", args.eval_episodes == 0 or args.eval_episodes > 1, "0, or at least 2 for an interval"),
     ):
         if not good:
@@ -734,11 +741,12 @@ def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
     torch.set_num_threads(args.num_threads or os.cpu_count())
     where = "--dataset-path takes an HDF5 file in D4RL's layout or a Minari folder; --eval-env-id names another "
     where += "environment, --eval-episodes 0 steers without one"
-    reading = f"{args.dataset_path or args.env_id} ({where})"
+    reading = f"{' '.join(filter(None, (args.env_id, args.dataset_path, args.eval_env_id)))} ({where})"
     try:
         arrays, source, spec = load_arrays(args)
         env = make_env(args, spec)
         data, actor = make_dataset(arrays, source, env), None
+        data.notes += doubts(data, env, args, spec)
         if args.actor not in ("bc", "awr"):
             reading = f"--actor {args.actor} (bc, awr, or a file: docs/your_own.md)"
             content = torch.load(Path(args.actor).expanduser(), map_location="cpu", weights_only=True)
@@ -749,7 +757,6 @@ def prepare(args: Args) -> tuple["Dataset", gym.Env | None, Actor | None]:
         sys.exit(f"{reading}: {type(error).__name__}: {error}".replace("\n", " "))
     if not len(data.returns):
         sys.exit(f"{source}: {data.notes[0]}, of which a goal's advantage is made: store the rows in order")
-    data.notes += doubts(data, env, args, spec)
     size = f"{len(data.columns['rewards']):,} rows, {len(data.returns):,} episodes"
     print(f"data: {args.env_id}, {data.source}: {size}, mean return {data.returns.mean():.1f}")
     print(*[f"note: {note}\n" for note in data.notes], sep="", end="")
@@ -821,13 +828,14 @@ def main() -> None:
     for row in rows:
         words = [f"{row[key]:12.2f}{row[f'{key}_gain']:+12.2f} ± {row[f'{key}_ci95']:<6.2f}" for key in shown]
         print(f"{row['rule']:<11}{row['alpha']:8.4g}{row['kl']:9.4f}", *words, "  ← chosen" * (row is at), sep="")
-    why = f"the largest with KL ≤ {args.kl_budget:g}" if args.alpha == "budget" else "as given"
+    why = f"the largest up to 0.999 with KL ≤ {args.kl_budget:g}" if args.alpha == "budget" else "as given"
     print(f"chosen: α {chosen:g}, {why}; mean KL {at['kl']:.4f}")
     share = None
     if env is not None:
         best = max(rows[:-1], key=lambda row: row["objective"])  # of α < 1, Frozen's 0 among them
         share = at["objective_gain"] / best["objective_gain"] if best["objective_gain"] > 0 else None
-        part = f"{100 * share:.0f}% of α {best['alpha']:g}'s" if share is not None else "no α tried beats Frozen"
+        part = "no α tried beats Frozen" if share is None else f"{100 * share:.0f}% of α {best['alpha']:g}'s"
+        part += ", it loses to Frozen" * (at["objective_gain"] < 0)
         print(f"share of the possible gain: {part} (the best of those tried, on the same episodes)")
         print(f"± is the 95% interval of the paired difference, of {args.eval_episodes} episodes and one trained prior")
     means, ratio = (f"{x:.0e}" for x in errors)

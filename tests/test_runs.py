@@ -420,6 +420,9 @@ BAD = {  # command line, what makes FILE, words of the answer
     "no network for Minari": ("--env-id own/set-v0", None, "Unreachable: no network"),
     "no horizon": (PENDULUM + "--gamma 1", file_with(), "--gamma below 1, where there is no horizon"),
     "one episode": ("--final-episodes 1", None, "at least 2, for an interval"),
+    "no iterations": ("--iterations 0", None, "--iterations, --eval-every"),
+    "a negative number": ("--eval-episodes -1", None, "--eval-episodes and --num-threads 0"),
+    "one reward for all": (PENDULUM, lambda path: write(path, rows() | dict(rewards=np.array(1.0))), "TypeError"),
     "no checkpoint": ("--resume nowhere", None, "no checkpoint.pt in nowhere"),
     "another's data": ("--env-id halfcheetah-medium-v2 --dataset-path FILE", file_with(), "but (17, 6) in HalfCheetah"),
 }  # fmt: skip

@@ -415,6 +415,7 @@ WRONG = [
     (dict(action_high=torch.tensor([2.0, 2.0])), r"action_high is \[2. 2.\], in the data \[1. 1.\]"),
     (dict(log_std_range=[2.0, -5.0]), r"log_std_range must be \[low, high\]"),
     (dict(squash="tanh"), "unknown keys squash; known are layers, activation"),
+    (dict(log_std=-1.0, obs_mean=[0.0] * 3), "log_std, obs_mean must be tensors"),
 ]
 
 
@@ -423,7 +424,7 @@ def test_errors_name_what_is_wrong_in_an_actor_file(change, message):
     steer_poe.read_actor(GOOD, stand_in())
     with pytest.raises(Exception, match=message):
         steer_poe.read_actor(GOOD | change, stand_in())
-    with pytest.raises(KeyError, match="tanh"):
+    with pytest.raises(ValueError, match="no tanh in it"):
         steer_poe.read_actor({key: GOOD[key] for key in GOOD if key != "tanh"}, stand_in())
 
 
@@ -530,6 +531,7 @@ BAD = """
 --env-id Pendulum-v1 --dataset-path own.hdf5 --gamma 1 => --gamma 1.0: it must be in [0, 1)
 --eval-episodes 1 => 0, or at least 2
 --temperature 0 => --temperature 0.0
+--weight-clip 0 => --weight-clip 0.0: it must be above 0
 --actor absent.pt => absent.pt (bc, awr, or a file: docs/your_own.md): FileNotFoundError
 --actor wide.pt => size mismatch for net.weights.0
 --lr 1e30 => lower --lr
