@@ -421,7 +421,7 @@ def load_arrays(args: Args) -> tuple[dict[str, np.ndarray], str, "gym.envs.regis
     if name == "liquidation" and path is None:
         return liquidation_env.behaviour_dataset(args.dataset_episodes, args.seed), f"generated, seed {args.seed}", None
     if path is None and "/" not in name and name not in D4RL:
-        near = difflib.get_close_matches(name, ["liquidation", *D4RL], 3, 0.4)
+        near = difflib.get_close_matches(name, ["liquidation", *D4RL], 3, 0)
         sys.exit(f"--env-id {name}: no data of that name (near: {', '.join(near)}); your own: --dataset-path FILE")
     path = fetch(name) if path is None and name in D4RL else path
     if path is None or path.is_dir():
