@@ -267,11 +267,11 @@ class Actor(nn.Module):
         return u.tanh() if self.tanh == "sample" else u.clamp(-1, 1)
 
     def file(self) -> dict:
-        """How to act from (obs − obs_mean) / obs_std (docs/your_own.md)."""
+        """How to act from (obs − obs_mean) / obs_std (docs/your_own.md), of an actor that has been learnt."""
         layers = [dict(weight=w[0], bias=b[0, 0]) for w, b in zip(self.net.weights, self.net.biases, strict=True)]
         squash = dict(activation=self.activation, tanh=self.tanh, log_std_range=list(self.log_std_range))
-        log_std = "head" if self.log_std is None else self.log_std.cpu()
-        return dict(layers=layers, log_std=log_std, obs_mean=self.net.mean.cpu(), obs_std=self.net.std.cpu()) | squash
+        log_std = "head" if self.log_std is None else self.log_std
+        return dict(layers=layers, log_std=log_std, obs_mean=self.net.mean, obs_std=self.net.std) | squash
 
 
 def read_actor(content: dict, data: "Dataset") -> Actor:
@@ -285,7 +285,7 @@ def read_actor(content: dict, data: "Dataset") -> Actor:
     known = "layers activation tanh log_std log_std_range obs_mean obs_std action_low action_high script env_id".split()
     unknown = [str(key) for key in content if key not in known]
     need(not unknown, f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
-    missing = [key for key in known[:4] if key not in content]
+    missing = [key for key in known[:4] if key not in content]  # the others are optional
     need(not missing, f"no {', '.join(missing)} in it")
     tensors = {"log_std", "obs_mean", "obs_std", "action_low", "action_high"} & content.keys()
     plain = [key for key in sorted(tensors) if not torch.is_tensor(content[key]) and content[key] != "head"]

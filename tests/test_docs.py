@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from test_steer import stand_in
+
+import steer_poe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,9 +158,8 @@ def test_your_own_runs(tmp_path, monkeypatch):
         action = names["act"](torch.load(path, weights_only=True), names["env"].reset(seed=0)[0][None])
         assert action.shape == (1, 1) and abs(action).max() <= 2
     saved = torch.load(next(Path("runs").glob("my_env*/steered_actor.pt")), weights_only=True)
-    box = SCRIPTS["steer_poe.py"].Dataset(dict(observations=np.zeros((1, 2)), actions=np.zeros((1, 1))), *[None] * 6)
-    box.low, box.high, obs = saved["action_low"].numpy(), saved["action_high"].numpy(), np.float32([[1, -1], [0, 2]])
-    frozen, prior = (SCRIPTS["steer_poe.py"].read_actor(saved[key], box) for key in ("frozen", "prior"))
+    frozen, prior = (steer_poe.read_actor(saved[key], stand_in(2, 1)) for key in ("frozen", "prior"))
     for rule in ("poe", "kl-reg", "additive"):
-        expected = 2 * SCRIPTS["steer_poe.py"].steer(frozen, prior.gaussian, rule, 0.7)(obs)
+        obs = np.float32([[1, -1], [0, 2]])
+        expected = 2 * steer_poe.steer(frozen, prior.gaussian, rule, 0.7)(obs)
         np.testing.assert_allclose(names["act"](saved | dict(rule=rule, alpha=0.7), obs), expected, atol=1e-5)
