@@ -1122,8 +1122,8 @@ def plot(path: Path, args: Args, data: Dataset, learner: PSPO, rows: list[dict],
 
 def main() -> None:
     args, begun = parse(), time.monotonic()
-    if args.active_models > args.pool_size:
-        sys.exit(f"--active-models {args.active_models}: the pool has only {args.pool_size}")
+    if not 1 <= args.active_models <= args.pool_size:
+        sys.exit(f"--active-models {args.active_models}: the pool has 1 to {args.pool_size}")
     if args.batch_size % 64 or args.action_samples % 2:
         sys.exit("--batch-size must be a multiple of 64 (two halves, 32 rows to a model), --action-samples be even")
     slow = args.pool_size * args.dynamics_epochs > 5000 and not args.resume

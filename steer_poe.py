@@ -390,7 +390,7 @@ def learn_critic(args: Args, data: dict[str, torch.Tensor], rewards: np.ndarray)
         fit(owner, loss, args, what)
 
     returns = discounted_sums(rewards, ends, args.gamma)
-    critic.mean, critic.std = (torch.as_tensor(x).to(critic.mean) for x in (returns.mean(0), returns.std(0) + 1e-6))
+    critic.mean, critic.std = (torch.as_tensor(x).to(critic.mean) for x in (returns.mean(0), returns.std(0) + 1e-12))
     regress(critic.value, critic.v, returns, "value", obs)
     v, next_v = everywhere(critic.value, obs), everywhere(critic.value, next_obs)
     error = rewards + args.gamma * alive * next_v - v

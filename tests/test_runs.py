@@ -462,7 +462,8 @@ def test_a_file_that_is_still_written(tmp_path):
 
 def test_bad_settings_of_one_script(tmp_path, no_figure, monkeypatch):
     tiny, data = words(pspo, runs_dir=tmp_path / "runs"), write(tmp_path / "data.hdf5", rows(act_dim=1))
-    assert "--active-models 9: the pool has only 3" in refused(pspo, *tiny, "--active-models", 9)
+    for wrong in (0, 9):
+        assert f"--active-models {wrong}: the pool has 1 to 3" in refused(pspo, *tiny, "--active-models", wrong)
     assert "multiple of 64" in refused(pspo, *tiny, "--batch-size", 65)
     assert "be even" in refused(pspo, *tiny, "--action-samples", 3)
     full = ["--env-id", "hopper-medium-v2", "--cuda"]

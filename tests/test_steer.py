@@ -289,9 +289,10 @@ def toy_data(count=4000):
 
 
 def test_learning_on_a_problem_with_known_answers():
-    """Q − V is the advantage, each goal's prior moves its way, awr moves to the task's best action, bc does not; a
-    given actor stays what it is, and its prior is learnt in its coordinates."""
+    """Q − V is the advantage, in any unit; each goal's prior moves its way, awr moves to the task's best action, bc
+    does not; a given actor stays what it is, and its prior is learnt in its coordinates."""
     data, goal_rewards = toy_data()
+    goal_rewards *= 1e3, 1e-8
     args = steer_poe.Args(hidden=32, updates=300, gamma=1.0, batch_size=256, lr=3e-3, cuda=False, actor="awr")
     awr, (up, down), critic = steer_poe.learn(args, data, goal_rewards, None)
     exact = np.column_stack([data.columns["rewards"], goal_rewards])
